@@ -1,0 +1,46 @@
+# `make help` lists the targets. Each sets up what it needs by itself.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.t5-book-ready
+
+.PHONY: help book test lab outputs clean
+
+help:
+	@echo "make book      run every chapter, train the toy T5, build the site"
+	@echo "make test      run all tests, and every chapter as a test"
+	@echo "make lab       open the chapters in JupyterLab"
+	@echo "make outputs   store what the chapters print, for the tests"
+	@echo "make clean     remove what was built (not $(VENV))"
+
+book: $(READY)
+	$(RUN) tools/export.py
+	$(RUN) tools/run.py
+	$(VENV)/bin/jupyter-book build . --quiet -W --keep-going
+	@echo "The book is ready. Open $(CURDIR)/_build/html/index.html"
+
+# The chapters run first, with progress; pytest then compares their outputs
+# and runs again those that failed. (`pytest --nbval` runs them all itself.)
+test: $(READY)
+	-$(RUN) tools/run.py
+	$(RUN) -m pytest --nbval --nbval-reuse
+
+lab: $(READY)
+	$(RUN) -m jupyterlab chapters
+
+outputs: $(READY)
+	$(RUN) tools/export.py
+	$(RUN) tools/run.py --store
+
+clean:
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+
+# Installed once, and again when what is to be installed changes.
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	$(RUN) -m pip install --quiet --no-deps -e .
+	@touch $@

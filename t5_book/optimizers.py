@@ -1,0 +1,167 @@
+"""Optimizers: how far each weight of T5 goes at each step.
+
+Built in chapter 13, "Decide how far to step" (chapters/13_optimizers.md).
+Edit the chapter, not this file.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adafactor, AdamW, Optimizer
+
+__all__ = [
+    "Muon",
+    "adafactor",
+    "linear_schedule",
+    "muon_adamw",
+    "orthogonalize",
+]
+
+
+def adafactor(model: nn.Module, warmup: int = 10_000) -> list[Optimizer]:
+    """Make the paper's optimizer, with its schedule built in.
+
+    The relative step size at step ``t`` is ``1 / sqrt(max(t, warmup))``.
+
+    Args:
+        model: its parameters that require a gradient are trained.
+        warmup: steps at a constant rate, the paper's ``k``; default 10,000.
+
+    Returns:
+        A list of one ``torch.optim.Adafactor``.
+
+    Built in chapter 13, "Decide how far to step" (paper, section 3.1.2;
+    Shazeer and Stern 2018).
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [Adafactor(trained, lr=warmup**-0.5)]
+
+
+def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
+    """Bring all singular values near 1 and keep the singular vectors.
+
+    Args:
+        matrix: ``[n m]``, or a stack of such matrices, ``[... n m]``.
+        rounds: of the iteration; default 5. Singular values above 1 % of
+            the matrix's norm then end between 0.65 and 1.25.
+
+    Returns:
+        ``[... n m]``.
+
+    Built in chapter 13, "Decide how far to step" (Jordan et al. 2024).
+    """
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
+
+
+class Muon(Optimizer):
+    """Momentum whose steps are orthogonalized, for matrices.
+
+    It computes in the type of the weights. ``torch.optim.Muon`` takes the
+    same steps in bfloat16, which is slow where the processor lacks it.
+
+    Args:
+        params: matrices, or parameter groups of them.
+        lr: learning rate; default 0.005.
+        momentum: share of the old mean in the new; default 0.95.
+        rounds: see ``orthogonalize``; default 5.
+
+    Built in chapter 13, "Decide how far to step" (Jordan et al. 2024).
+    """
+
+    def __init__(
+        self, params, lr: float = 5e-3, momentum: float = 0.95, rounds=5
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "rounds": rounds}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Take one step. ``closure`` is not supported."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: Tensor, group: dict) -> None:
+        """Step with one matrix ``p [n m]``."""
+        mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+        mean.lerp_(p.grad, 1 - group["momentum"])
+        ahead = p.grad.lerp(mean, group["momentum"])
+        scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+        step = orthogonalize(ahead, group["rounds"])
+        p.add_(step, alpha=-group["lr"] * scale)
+
+
+def muon_adamw(
+    model: nn.Module,
+    lr: float = 5e-3,
+    embedding_lr: float = 0.05,
+    table_lr: float = 0.3,
+) -> list[Optimizer]:
+    """Make optimizers that learn fast on a small scale.
+
+    Args:
+        model: a ``T5``; parameters that require a gradient are trained.
+        lr: Muon's rate, for the matrices of the blocks; default 0.005.
+        embedding_lr: AdamW's rate for embeddings, head and norms; default
+            0.05, for embeddings of size 1 as T5 has them.
+        table_lr: AdamW's rate for the tables of relative position biases,
+            which are on the scale of attention scores; default 0.3.
+
+    Returns:
+        A ``Muon`` and an ``AdamW``.
+
+    Built in chapter 13, "Decide how far to step".
+    """
+    matrices, tables, others = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if ".biases." in name:
+            tables.append(p)
+        elif ".blocks." in name and p.ndim == 2:
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [
+        {"params": others, "lr": embedding_lr},
+        {"params": tables, "lr": table_lr},
+    ]
+    adamw = AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    return [Muon(matrices, lr=lr), adamw]
+
+
+def linear_schedule(steps: int, warmup: int) -> Callable[[int], float]:
+    """Climb to 1 in ``warmup`` steps, then fall to 0 at ``steps``.
+
+    Args:
+        steps: length of the training.
+        warmup: length of the climb, from 1 to ``steps - 1``.
+
+    Returns:
+        A function from the step, counted from 0, to the factor by which
+        every learning rate is multiplied.
+
+    Raises:
+        ValueError: if ``warmup`` is not between 1 and ``steps - 1``.
+
+    Built in chapter 13, "Decide how far to step".
+    """
+    if not 1 <= warmup < steps:
+        raise ValueError(
+            f"warmup is {warmup} in a training of {steps} steps; "
+            f"pass 1 to {steps - 1}"
+        )
+
+    def factor(step: int) -> float:
+        up, down = (step + 1) / warmup, (steps - step) / (steps - warmup)
+        return max(0.0, min(up, down))
+
+    return factor

@@ -1,0 +1,168 @@
+"""Relative position bias: the one thing in T5 that knows of order.
+
+Built in chapter 7, "Tell T5 who is near"
+(chapters/07_relative_position.md). Edit the chapter, not this file.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+__all__ = [
+    "RelativePositionBias",
+    "check_buckets",
+    "distance_bucket",
+    "relative_position_bucket",
+]
+
+
+def distance_bucket(
+    distance: Tensor, num_buckets: int, max_distance: int
+) -> Tensor:
+    """Sort distances into buckets: exact near, logarithmic far.
+
+    Args:
+        distance: int64, any shape, 0 or more.
+        num_buckets: buckets for this side; half of them hold one distance.
+        max_distance: where the logarithmic scale ends; what lies beyond
+            goes to the last bucket.
+
+    Returns:
+        int64, the shape of ``distance``, from 0 to ``num_buckets - 1``.
+
+    Built in chapter 7, "Tell T5 who is near" (paper, section 2.1;
+    mesh-tensorflow, ``transformer_layers.py``).
+    """
+    exact = num_buckets // 2
+    ratio = distance.clamp(min=exact).float() / exact
+    scale = ratio.log() / math.log(max_distance / exact)
+    far = exact + (scale * (num_buckets - exact)).long()
+    far = far.clamp(max=num_buckets - 1)
+    return torch.where(distance < exact, distance, far)
+
+
+def relative_position_bucket(
+    relative_position: Tensor,
+    bidirectional: bool = True,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> Tensor:
+    """Sort relative positions into buckets.
+
+    Args:
+        relative_position: int64, any shape: position of the key minus
+            position of the query, negative to the left.
+        bidirectional: True gives half of the buckets to each side (the
+            encoder), False gives all to the left (the decoder).
+        num_buckets: number of buckets of both sides together.
+        max_distance: as in ``distance_bucket``.
+
+    Returns:
+        int64, the shape of ``relative_position``, below ``num_buckets``.
+
+    Raises:
+        ValueError: as ``check_buckets``.
+
+    Built in chapter 7, "Tell T5 who is near" (paper, section 2.1;
+    mesh-tensorflow, ``transformer_layers.py``).
+    """
+    check_buckets(bidirectional, num_buckets, max_distance)
+    if bidirectional:
+        half = num_buckets // 2
+        distance = relative_position.abs()
+        bucket = distance_bucket(distance, half, max_distance)
+        return bucket + half * (relative_position > 0)
+    distance = (-relative_position).clamp(min=0)
+    return distance_bucket(distance, num_buckets, max_distance)
+
+
+def check_buckets(
+    bidirectional: bool, num_buckets: int, max_distance: int
+) -> None:
+    """Refuse numbers that the bucket formula cannot work with.
+
+    Raises:
+        ValueError: if two sides get an odd number of buckets, if a side
+            gets fewer than 2, or if ``max_distance`` is not larger than
+            the number of exact buckets of a side.
+
+    Built in chapter 7, "Tell T5 who is near".
+    """
+    if bidirectional and num_buckets % 2:
+        raise ValueError(
+            f"num_buckets={num_buckets} is odd and cannot be shared by "
+            "two sides; pass an even number"
+        )
+    side = num_buckets // 2 if bidirectional else num_buckets
+    if side < 2:
+        raise ValueError(
+            f"num_buckets={num_buckets} leaves {side} to a side, which "
+            f"needs at least 2; pass {4 if bidirectional else 2} or more"
+        )
+    if max_distance <= side // 2:
+        raise ValueError(
+            f"max_distance={max_distance}, but distances below {side // 2} "
+            f"have a bucket each; pass more than {side // 2}"
+        )
+
+
+class RelativePositionBias(nn.Module):
+    """One learned number per bucket and head, to add to attention scores.
+
+    T5 shares one such table among all layers of a stack; UMT5 has one in
+    each layer. Cross-attention has none.
+
+    Args:
+        heads: number of heads ``h``.
+        num_buckets: rows of the table; default 32.
+        max_distance: as in ``distance_bucket``; default 128.
+        bidirectional: True for an encoder, False for a decoder.
+
+    Raises:
+        ValueError: as ``check_buckets``.
+
+    Built in chapter 7, "Tell T5 who is near" (paper, section 2.1;
+    initialisation of mesh-tensorflow and t5x: Glorot uniform).
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+    ):
+        super().__init__()
+        check_buckets(bidirectional, num_buckets, max_distance)
+        self.bidirectional = bidirectional
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.table = nn.Embedding(num_buckets, heads)
+        nn.init.xavier_uniform_(self.table.weight)
+
+    def forward(self, q_len: int, k_len: int) -> Tensor:
+        """Look up the bias of the last ``q_len`` of ``k_len`` positions.
+
+        Returns:
+            ``[1 h q k]``, which broadcasts over the batch.
+
+        Raises:
+            ValueError: if there are more queries than keys.
+        """
+        if q_len > k_len:
+            raise ValueError(
+                f"{q_len} queries cannot be the last of {k_len} keys; "
+                "pass q_len <= k_len"
+            )
+        key = torch.arange(k_len, device=self.table.weight.device)
+        query = key[k_len - q_len :]
+        relative = key[None, :] - query[:, None]  # [q k]
+        bucket = relative_position_bucket(
+            relative,
+            self.bidirectional,
+            self.num_buckets,
+            self.max_distance,
+        )
+        return rearrange(self.table(bucket), "q k h -> 1 h q k")

@@ -1,0 +1,215 @@
+"""The encoder (chapter 9) against the encoder stack of ``transformers``."""
+
+import pytest
+import torch
+from hugging_face import (
+    LENGTHS,
+    SIZES,
+    difference,
+    make_pair,
+    padding_masks,
+)
+from stacks import (
+    KINDS,
+    SMALL,
+    long,
+    make_umt5_pair,
+    record_dropouts,
+    set_dropout,
+    vectors,
+    with_large_biases,
+)
+from torch import nn
+
+from t5_book.encoder import (
+    Encoder,
+    EncoderBlock,
+    check_sequence,
+    fit_padding_mask,
+)
+from t5_book.relative_position import RelativePositionBias
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request):
+    """Both encoders; a table large enough for a wrong bias to show."""
+    model, reference = make_pair(request.param)
+    return with_large_biases(model.encoder, reference.encoder)
+
+
+def assert_same(pair, x, mask=None):
+    """Ours and the reference agree at real tokens and at padding."""
+    ours, reference = pair
+    with torch.no_grad():
+        theirs = reference(
+            inputs_embeds=x,
+            attention_mask=long(mask),
+        ).last_hidden_state
+        assert difference(ours(x, mask), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_agrees_without_padding(pair, length):
+    assert_same(pair, vectors(3, length))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_agrees_with_padding_on_both_sides(pair, length):
+    assert_same(pair, vectors(3, length), padding_masks(3, length))
+
+
+@pytest.mark.parametrize("batch, length", [(9, 9), (40, 40)])
+def test_agrees_where_batch_equals_length(pair, batch, length):
+    assert_same(pair, vectors(batch, length), padding_masks(batch, length))
+
+
+@pytest.mark.parametrize("length", [4, 10])
+def test_agrees_where_batch_equals_heads(pair, length):
+    heads = SIZES["heads"]
+    assert_same(pair, vectors(heads, length), padding_masks(heads, length))
+
+
+def test_a_source_of_padding_alone_is_finite_and_agrees(pair):
+    mask = torch.ones(3, 9).bool()
+    mask[1] = False
+    assert pair[0](vectors(3, 9), mask).isfinite().all()
+    assert_same(pair, vectors(3, 9), mask)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_bias_per_layer_agrees_with_umt5(length):
+    model, reference = make_umt5_pair()
+    pair = with_large_biases(model.encoder, reference.encoder)
+    assert len(model.encoder.biases) == SIZES["depth"]
+    assert_same(pair, vectors(3, length), padding_masks(3, length))
+
+
+# --- Dropout --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drops_what_the_reference_drops(kind):
+    """From one seed both draw the same masks in the same order.
+
+    A dropout too many, too few or at another place draws other masks.
+    """
+    model, reference = make_pair(kind)
+    reference.set_attn_implementation("eager")
+    ours, theirs = model.encoder.train(), reference.encoder.train()
+    set_dropout(ours, 0.2)
+    set_dropout(theirs, 0.2)
+    x, mask = vectors(3, 10), padding_masks(3, 10)
+    torch.manual_seed(5)
+    expected = theirs(inputs_embeds=x, attention_mask=mask.long())
+    torch.manual_seed(5)
+    assert difference(ours(x, mask), expected.last_hidden_state) <= 1e-5
+
+
+def dropouts(encoder):
+    """Where the encoder of depth 1 drops, by the name of the place."""
+    block = encoder.blocks[0]
+    return {
+        "both ends": encoder.dropout,
+        "attention weights": block.attention.dropout,
+        "sublayer outputs": block.dropout,
+        "hidden features": block.feed_forward.dropout,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_place_drops_alone(kind):
+    encoder = Encoder(**SMALL | {"depth": 1}, feed_forward=kind)
+    x = torch.randn(2, 5, 16)
+    quiet = encoder(x)
+    for part in dropouts(encoder).values():
+        part.p = 0.5
+        assert not torch.equal(encoder(x), quiet)
+        encoder.eval()
+        assert torch.equal(encoder(x), quiet)
+        encoder.train()
+        part.p = 0.0
+    assert len(dropouts(encoder)) == sum(
+        isinstance(part, nn.Dropout) for part in encoder.modules()
+    )
+
+
+def test_what_is_dropped_in_which_order():
+    encoder = Encoder(**SMALL | {"depth": 1}, dropout=0.1)
+    assert all(part.p == 0.1 for part in dropouts(encoder).values())
+    calls = record_dropouts(dropouts(encoder))
+    encoder(torch.randn(2, 5, 16))
+    assert calls == [
+        ("both ends", (2, 5, 16)),
+        ("attention weights", (2, 2, 5, 5)),
+        ("sublayer outputs", (2, 5, 16)),
+        ("hidden features", (2, 5, 64)),
+        ("sublayer outputs", (2, 5, 16)),
+        ("both ends", (2, 5, 16)),
+    ]
+
+
+# --- Sizes, gradients, compilation ----------------------------------------
+
+
+def test_mlp_mult_may_be_a_fraction():
+    block = EncoderBlock(768, 2, 4, mlp_mult=8 / 3)
+    assert block.feed_forward.wi.out_features == 2048
+
+
+def test_the_sizes_of_the_bias_reach_it():
+    stack = Encoder(**SMALL, num_buckets=8, max_distance=16)
+    bias = RelativePositionBias(2, 8, 16)
+    bias.load_state_dict(stack.biases[0].state_dict())
+    assert torch.equal(stack.biases[0](40, 40), bias(40, 40))
+
+
+def test_every_weight_gets_a_gradient():
+    encoder = Encoder(**SMALL, bias_per_layer=True)
+    encoder(torch.randn(2, 5, 16)).square().sum().backward()
+    for name, weight in encoder.named_parameters():
+        assert weight.grad is not None and weight.grad.any(), name
+
+
+def test_compiles_to_one_graph():
+    encoder = Encoder(**SMALL).eval()
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    x, mask = torch.randn(3, 9, 16), padding_masks(3, 9)
+    assert torch.allclose(compiled(x, mask), encoder(x, mask), atol=1e-6)
+
+
+# --- Errors ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (1, 5), (3, 5), (2, 5, 1)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    encoder = Encoder(**SMALL)
+    with pytest.raises(ValueError) as error:
+        encoder(torch.randn(2, 5, 16), torch.ones(shape).bool())
+    assert f"source mask has shape {shape}" in str(error.value)
+    assert "the source has shape (2, 5)" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.float])
+def test_a_mask_of_another_type_is_refused(dtype):
+    encoder = Encoder(**SMALL)
+    with pytest.raises(TypeError, match=f"{dtype}.*mask.bool"):
+        encoder(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 17), (5, 16), (2, 0, 16)])
+def test_a_sequence_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError) as error:
+        Encoder(**SMALL)(torch.zeros(shape))
+    assert f"source has shape {shape}" in str(error.value)
+    assert "(batch, length, 16)" in str(error.value)
+
+
+def test_checks_call_the_sequence_by_its_name():
+    with pytest.raises(ValueError, match="^memory has shape"):
+        check_sequence("memory", torch.zeros(2, 5), 16)
+    with pytest.raises(ValueError, match="^target mask has shape"):
+        fit_padding_mask("target", torch.ones(2, 6).bool(), (2, 5))
+
+
+def test_no_mask_stays_none():
+    assert fit_padding_mask("source", None, (2, 5)) is None

@@ -1,0 +1,219 @@
+"""``pytest --nbval`` on the chapters: it collects them, and it bites."""
+
+import json
+import shutil
+
+import nbformat
+import pytest
+from jupytext.cli import jupytext
+from small_book import ROOT, cell, export, make_book
+
+from export import main as export_book
+from run import main as run_book
+from runs import code_of, digest, read_notebook, stored_outputs, stored_path
+from source import read_chapters
+
+pytest_plugins = ["pytester"]
+CHAPTERS = read_chapters()
+MODULE = export('"""A module."""') + export("def one():\n    return 1")
+FIRST = [
+    "01_one.md",
+    MODULE,
+    cell("print('one')\nprint(one())"),
+    cell("import sys\n\nprint('never the same', file=sys.stderr)\n'two'"),
+    cell(
+        "figure = {'image/png': 'aGk=', 'text/plain': '<Figure>'}\n"
+        "display(figure, raw=True)"
+    ),
+    cell("raise ValueError('wanted')", "raises-exception"),
+]
+SECOND = ["02_two.md", cell("from t5_book.one import one\n\nprint(one())")]
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A book whose chapters ran, with their outputs stored."""
+    book = make_book(tmp_path_factory.mktemp("book"), FIRST, SECOND)
+    folder, package = book / "chapters", book / "t5_book"
+    places = [f"--chapters={folder}", f"--package={package}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(book))
+        assert export_book(places) == 0
+        assert run_book([f"--folder={folder}", "--store"]) == 0
+    return book
+
+
+@pytest.fixture
+def book(ready, pytester, monkeypatch):
+    """A copy of that book, for a test to change."""
+    shutil.copytree(ready, pytester.path, dirs_exist_ok=True)
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path))
+    return pytester
+
+
+def nbval(book, *arguments):
+    """Run ``pytest --nbval``; its result, outcomes and report."""
+    lax = "--nbval-lax" in arguments
+    option = [] if lax else ["--nbval"]
+    done = book.runpytest_inprocess(*option, *arguments, "-pno:hypothesis")
+    return (
+        done.parseoutcomes(),
+        done.ret,
+        str(done.stdout) + str(done.stderr),
+    )
+
+
+def run(book, *arguments):
+    """Run ``tools/run.py`` on the book."""
+    return run_book([f"--folder={book.path}/chapters", *arguments])
+
+
+def replace(path, old, new):
+    """Replace a text in a file."""
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_every_chapter_is_collected_by_itself(book):
+    counts, code, report = nbval(book)
+    assert (counts, code) == ({"passed": 7}, 0), report
+
+
+def test_a_changed_output_fails(book):
+    replace(book.path / "tools/outputs/01_one.ipynb", '"1\\n"', '"2\\n"')
+    counts, code, report = nbval(book)
+    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
+    assert "Cell outputs differ" in report
+
+
+def test_a_changed_result_fails(book):
+    replace(book.path / "tools/outputs/01_one.ipynb", "'two'", "'three'")
+    assert nbval(book)[0] == {"failed": 1, "passed": 6}
+
+
+def test_a_changed_package_fails(book):
+    replace(book.path / "t5_book/one.py", "return 1", "return 2")
+    for option in ([], ["--nbval-reuse"]):
+        counts, _, report = nbval(book, *option, "chapters/02_two.md")
+        assert counts == {"failed": 1}, report
+
+
+def test_a_changed_cell_needs_its_output_stored_anew(book):
+    replace(
+        book.path / "chapters/01_one.md", "print('one')", "print('ONE')"
+    )
+    counts, code, report = nbval(book)
+    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
+    assert "The cell has changed since its output was stored" in report
+
+
+def test_a_missing_stored_output_fails(book):
+    (book.path / "tools/outputs/01_one.ipynb").unlink()
+    counts, code, report = nbval(book)
+    assert (counts, code) == ({"passed": 1, "errors": 1}, 1), report
+    assert "01_one.md has no stored outputs" in report
+
+
+def test_collecting_nothing_fails(book):
+    counts, code, report = nbval(book, "tests")
+    assert code != 0 and "no chapter was collected" in report
+
+
+def test_without_the_option_chapters_are_no_tests(book):
+    done = book.runpytest_inprocess("chapters")
+    assert done.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_one_chapter_by_its_path(book):
+    assert nbval(book, "chapters/02_two.md")[:2] == ({"passed": 1}, 0)
+
+
+def test_lax_runs_the_cells_and_compares_nothing(book):
+    replace(book.path / "tools/outputs/01_one.ipynb", '"1\\n"', '"2\\n"')
+    (book.path / "tools/outputs/02_two.ipynb").unlink()
+    assert nbval(book, "--nbval-lax")[:2] == ({"passed": 7}, 0)
+    replace(
+        book.path / "chapters/02_two.md", "print(one())", "print(two())"
+    )
+    counts, code, report = nbval(book, "--nbval-lax")
+    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
+
+
+def test_a_cell_that_must_raise_must_raise(book):
+    replace(
+        book.path / "chapters/01_one.md", "raise ValueError", "ValueError"
+    )
+    counts, _, report = nbval(book, "--nbval-lax")
+    assert counts == {"failed": 1, "passed": 6}
+    assert "must raise an error, and did not" in report
+
+
+def test_a_run_is_used_again_and_still_compared(book):
+    replace(book.path / "tools/outputs/02_two.ipynb", '"1\\n"', '"2\\n"')
+    counts, code, report = nbval(book, "--nbval-reuse")
+    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
+
+
+# --- The runner -----------------------------------------------------------
+
+
+def test_chapters_run_again_only_if_something_changed(book, capsys):
+    assert run(book) == 0
+    assert capsys.readouterr().out.count("unchanged") == 2
+    replace(book.path / "t5_book/one.py", "return 1", "return 3")
+    assert run(book) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "unchanged" in lines[0] and "unchanged" not in lines[1]
+
+
+def test_a_failing_cell_is_shown(book, capsys):
+    replace(book.path / "chapters/02_two.md", "one())", "two())")
+    assert run(book, "02_two") == 1
+    out, error = capsys.readouterr()
+    assert "[ 2/2] 02_two                 failed" in out
+    assert "run: 02_two.md:17: cell 1\n" in error
+    assert "NameError: name 'two' is not defined" in error
+
+
+def test_an_unknown_chapter_is_an_error(book, capsys):
+    assert run(book, "03_three") == 1
+    assert capsys.readouterr().err == "run: no chapter is called 03_three\n"
+
+
+def test_stored_outputs_are_text_alone(book):
+    text = (book.path / "tools/outputs/01_one.ipynb").read_text("utf-8")
+    assert "image/png" not in text and "never the same" not in text
+    assert "<Figure>" in text and str(book.path) not in text
+
+
+# --- Our chapters ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.path.stem)
+def test_outputs_of_every_cell_are_stored(chapter):
+    cells = code_of(read_notebook(chapter.path))
+    stored = stored_outputs(chapter.path)
+    assert {digest(cell.source) for cell in cells} == set(stored)
+
+
+def test_no_outputs_are_stored_for_a_chapter_that_is_gone():
+    known = {stored_path(chapter.path) for chapter in CHAPTERS}
+    assert set((ROOT / "tools" / "outputs").glob("*")) == known
+
+
+def test_stored_outputs_have_a_count():
+    """Without one nbval compares nothing."""
+    for chapter in CHAPTERS:
+        notebook = json.loads(stored_path(chapter.path).read_text("utf-8"))
+        counts = [cell["execution_count"] for cell in notebook["cells"]]
+        assert counts == list(range(1, len(counts) + 1))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.path.stem)
+def test_jupytext_makes_a_notebook(chapter, tmp_path):
+    target = tmp_path / "chapter.ipynb"
+    jupytext(["--to=ipynb", f"--output={target}", str(chapter.path)])
+    made = code_of(nbformat.read(target, as_version=4))
+    ours = code_of(read_notebook(chapter.path))
+    assert [cell.source for cell in made] == [cell.source for cell in ours]

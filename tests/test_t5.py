@@ -1,0 +1,461 @@
+"""The whole model (chapter 11) against ``transformers``, and its errors."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+import transformers
+from hugging_face import (
+    LENGTHS,
+    SIZES,
+    copy_weights,
+    difference,
+    make_ours,
+    make_pair,
+    padding_masks,
+    reference_name,
+)
+from stacks import make_umt5_pair, with_large_biases
+from torch import nn
+
+from t5_book.t5 import PRESETS, T5, T5Config
+
+GATED = {"feed_forward": "gated-gelu", "tie_head": False}
+TINY = dict(
+    dim=16, enc_num_tokens=32, enc_depth=1, enc_heads=2, enc_dim_head=4,
+    enc_mlp_mult=2, dec_num_tokens=32, dec_depth=1, dec_heads=2,
+    dec_dim_head=4, dec_mlp_mult=2,
+)  # fmt: skip
+
+
+def make_all(kind: str):
+    """Our T5 and the reference, of the family ``kind``.
+
+    ``transformers`` 5.23 ties the head of every fresh T5, so we untie it.
+    """
+    umt5 = kind == "umt5"
+    if kind == "v1.0":
+        ours, reference = make_pair("relu")
+    else:
+        reference = (make_umt5_pair() if umt5 else make_pair("gated-gelu"))[1]
+        torch.manual_seed(2)
+        head = torch.randn(SIZES["num_tokens"], SIZES["dim"])
+        reference.lm_head.weight = nn.Parameter(head * SIZES["dim"] ** -0.5)
+        reference.config.scale_decoder_outputs = False
+        ours = make_ours(bias_per_layer=umt5, **GATED).eval()
+    reference.config.decoder_start_token_id = 0
+    copy_weights(ours, reference)
+    for stack in ("encoder", "decoder"):
+        with_large_biases(getattr(ours, stack), getattr(reference, stack))
+    return ours, reference
+
+
+def their_logits(kind, reference, src, tgt, mask=None, tgt_mask=None):
+    """The reference's logits; UMT5 scales them, although it is untied."""
+    with torch.no_grad():
+        logits = reference(
+            input_ids=src,
+            attention_mask=None if mask is None else mask.long(),
+            decoder_input_ids=tgt,
+            decoder_attention_mask=(
+                None if tgt_mask is None else tgt_mask.long()
+            ),
+        ).logits
+    return logits * SIZES["dim"] ** 0.5 if kind == "umt5" else logits
+
+
+@pytest.fixture(scope="module", params=["v1.0", "v1.1", "umt5"])
+def family(request):
+    """The name of a family, ours and the reference."""
+    return request.param, *make_all(request.param)
+
+
+def ids(batch, length, seed=0, high=SIZES["num_tokens"]):
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, high, (batch, length), generator=generator)
+
+
+def assert_same(family, src, tgt, mask=None, tgt_mask=None):
+    """Ours and the reference give the same logits."""
+    kind, ours, reference = family
+    theirs = their_logits(kind, reference, src, tgt, mask, tgt_mask)
+    with torch.no_grad():
+        logits = ours(src, tgt, mask=mask, tgt_mask=tgt_mask)
+    assert theirs.std() > 0.3  # a comparison of zeros would prove nothing
+    assert difference(logits, theirs) <= 1e-5
+
+
+# --- Agreement with transformers ------------------------------------------
+
+
+@pytest.mark.parametrize("t", LENGTHS)
+@pytest.mark.parametrize("s", LENGTHS)
+def test_agrees_with_padding_on_both_sides(family, s, t):
+    masks = padding_masks(3, s), padding_masks(3, t).flip(0)
+    assert_same(family, ids(3, s), ids(3, t, 1), *masks)
+
+
+@pytest.mark.parametrize("s, t", [(1, 9), (10, 10), (40, 140), (140, 1)])
+def test_agrees_without_masks(family, s, t):
+    assert_same(family, ids(3, s), ids(3, t, 1))
+
+
+@pytest.mark.parametrize("s, t", [(9, 9), (9, 4), (4, 9)])
+def test_agrees_where_batch_equals_length(family, s, t):
+    assert_same(family, ids(9, s), ids(9, t, 1), padding_masks(9, s))
+
+
+def test_agrees_where_batch_equals_heads(family):
+    mask, tgt_mask = padding_masks(4, 10), padding_masks(4, 12).flip(0)
+    assert_same(family, ids(4, 10), ids(4, 12, 1), mask, tgt_mask)
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
+def test_loss_and_its_gradients_agree(kind):
+    ours, reference = make_all(kind)
+    src, mask, labels = ids(3, 10), padding_masks(3, 10), ids(3, 8, 1)
+    labels[0, 3:] = labels[2, 7:] = -100
+    loss = ours.loss(src, labels, mask)
+    theirs = reference(
+        input_ids=src, attention_mask=mask.long(), labels=labels
+    ).loss
+    assert abs(loss - theirs) <= 1e-5
+    loss.backward()
+    theirs.backward()
+    grads = {n: p.grad for n, p in reference.named_parameters()}
+    for name, weight in ours.named_parameters():
+        theirs = grads[reference_name(name)]
+        assert torch.allclose(weight.grad, theirs, atol=1e-5), name
+
+
+REFERENCES = {
+    "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
+    "umt5": (
+        transformers.UMT5Config,
+        transformers.UMT5ForConditionalGeneration,
+    ),
+}
+
+
+def count_reference(config: T5Config, family: str) -> int:
+    """Parameters of the reference, as if its head were tied as ours is."""
+    kinds = transformers.T5Config, transformers.T5ForConditionalGeneration
+    make_config, make = REFERENCES.get(family, kinds)
+    reference = make(
+        make_config(
+            vocab_size=config.enc_num_tokens,
+            d_model=config.dim,
+            d_kv=config.enc_dim_head,
+            d_ff=round(config.dim * config.enc_mlp_mult),
+            num_layers=config.enc_depth,
+            num_decoder_layers=config.dec_depth,
+            num_heads=config.enc_heads,
+            feed_forward_proj=config.feed_forward,
+        )
+    )
+    assert reference.lm_head.weight is reference.shared.weight
+    head = 0 if config.tie_head else config.dim * config.dec_num_tokens
+    return head + sum(p.numel() for p in reference.parameters())
+
+
+@pytest.fixture
+def shapes_alone(monkeypatch):
+    """Make tensors without numbers, and do not draw any."""
+    for name in ("normal_", "kaiming_uniform_", "xavier_uniform_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    with torch.device("meta"):
+        yield
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_as_many_parameters_as_the_reference(shapes_alone, name):
+    model = T5(**PRESETS[name])
+    family = name.rsplit("-", 1)[0]
+    count = sum(p.numel() for p in model.parameters())
+    assert count == count_reference(model.config, family)
+
+
+# Counted on the released checkpoints.
+PUBLISHED = {
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1_1-small": 76_961_152,
+    "t5-v1_1-base": 247_577_856,
+    "t5-v1_1-large": 783_150_080,
+    "t5-v1_1-xl": 2_849_757_184,
+    "t5-v1_1-xxl": 11_135_332_352,
+    "mt5-small": 300_176_768,
+    "mt5-base": 582_401_280,
+    "mt5-large": 1_229_581_312,
+    "mt5-xl": 3_742_619_648,
+    "mt5-xxl": 12_921_057_280,
+    "byt5-small": 299_637_760,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_preset_has_its_published_count(shapes_alone, name):
+    model = T5(**PRESETS[name])
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+def test_presets_are_complete():
+    families = {"t5": 5, "t5-v1_1": 5, "flan-t5": 5, "mt5": 5, "byt5": 5}
+    families["umt5"] = 4
+    found = [name.rsplit("-", 1)[0] for name in PRESETS]
+    assert {name: found.count(name) for name in found} == families
+    for size in ("small", "base", "large", "xl", "xxl"):
+        assert PRESETS[f"flan-t5-{size}"] == PRESETS[f"t5-v1_1-{size}"]
+
+
+# --- The call of the superseded repository --------------------------------
+
+
+@torch.no_grad()
+def test_the_old_call_works_verbatim():
+    from t5_book import T5
+
+    # fmt: off
+    model = T5(dim=768, enc_num_tokens=512, enc_depth=6, enc_heads=12, enc_dim_head=64, enc_mlp_mult=4,
+               dec_num_tokens=512, dec_depth=6, dec_heads=12, dec_dim_head=64, dec_mlp_mult=4,
+               dropout=0., tie_token_emb=True)
+    src = torch.randint(0, 512, (1, 1024)); src_mask = torch.ones_like(src).bool()  # noqa: E702
+    tgt = torch.randint(0, 512, (1, 1024))
+    # fmt: on
+    assert model(src, tgt, mask=src_mask).shape == (1, 1024, 512)
+    # and where it did not: more than one example, lengths that differ
+    src, tgt, src_mask = src.view(16, 64)[:3], tgt[:, :36].view(3, 12), None
+    assert model(src, tgt, mask=src_mask).shape == (3, 12, 512)
+    src_mask = padding_masks(3, 64)
+    assert model(src, tgt, mask=src_mask).shape == (3, 12, 512)
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    model = T5(**TINY).eval()
+    src, tgt = ids(3, 10, high=32), ids(3, 10, 1, high=32)
+    mask = padding_masks(3, 10)
+    logits = model(src, tgt, mask=mask)
+    assert torch.allclose(logits[:1], model(src[:1, :5], tgt[:1]), atol=1e-5)
+    assert torch.allclose(logits[1:2], model(src[1:2, 3:], tgt[1:2]), atol=1e-5)
+    assert not torch.allclose(logits[:1], model(src[:1], tgt[:1]), atol=1e-2)
+
+
+# --- Start: initialisation and first loss ---------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5-small", "t5-v1_1-small"])
+def test_first_loss_is_the_log_of_the_vocabulary(name):
+    torch.manual_seed(0)
+    model = T5(**PRESETS[name]).eval()
+    src, labels = ids(4, 32, high=32128), ids(4, 20, 1, high=32128)
+    with torch.no_grad():
+        ratio = model.loss(src, labels) / math.log(32128)
+    assert 0.9 < ratio < 1.1
+
+
+def test_initial_deviations():
+    torch.manual_seed(0)
+    sizes = TINY | {"dim": 64, "enc_num_tokens": 999, "dec_num_tokens": 999}
+    model = T5(**sizes | GATED).requires_grad_(False)
+    assert model.enc_emb.weight.std() == pytest.approx(1, rel=0.03)
+    assert model.head.weight.std() == pytest.approx(64**-0.5, rel=0.03)
+    assert model.head.bias is None
+    tied = T5(**sizes).requires_grad_(False)
+    assert tied.head.weight.std() == pytest.approx(1, rel=0.03)
+
+
+@pytest.mark.parametrize("extra", [{}, GATED], ids=["v1.0", "v1.1"])
+def test_gradients_are_finite_and_reach_everything(extra):
+    torch.manual_seed(0)
+    model = T5(**TINY | extra, dropout=0.1)
+    labels = ids(3, 6, 1, high=32)
+    labels[1, 2:] = -100
+    model.loss(ids(3, 9, high=32), labels, padding_masks(3, 9)).backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad.isfinite().all() and weight.grad.any(), name
+
+
+# --- Flags ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("scale", [True, False])
+def test_tied_and_scaled_are_two_flags(tie, scale):
+    sizes = TINY | {"tie_head": tie}
+    model = T5(**sizes, scale_logits=scale).eval()
+    other = T5(**sizes, scale_logits=not scale).eval()
+    other.load_state_dict(model.state_dict())
+    src, tgt = ids(2, 5, high=32), ids(2, 4, 1, high=32)
+    factor = 16**-0.5 if scale else 16**0.5
+    logits, expected = model(src, tgt), factor * other(src, tgt)
+    assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-4)
+    assert (model.head.weight is model.dec_emb.weight) == tie
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_scaling_follows_tying_unless_told(tie):
+    assert T5Config(**TINY, tie_head=tie).scale_logits == tie
+
+
+def test_two_vocabularies():
+    sizes = TINY | {"dec_num_tokens": 50}
+    model = T5(**sizes, tie_token_emb=False)
+    src, tgt = ids(2, 5, high=32), torch.full((2, 4), 49)
+    assert model(src, tgt).shape == (2, 4, 50)
+    assert model.head.weight is model.dec_emb.weight
+    with pytest.raises(IndexError, match="source ids run from 49 to 49"):
+        model(tgt, tgt)
+
+
+def test_a_fraction_is_rounded(shapes_alone):
+    model = T5(**PRESETS["t5-base"] | {"enc_mlp_mult": 8 / 3})
+    assert model.encoder.blocks[0].feed_forward.wi.out_features == 2048
+    assert round(768 * 2.6666) == 2048 != int(768 * 2.6666)
+    model = T5(**PRESETS["t5-base"] | {"dec_mlp_mult": 2.6666})
+    assert model.decoder.blocks[0].feed_forward.wi.out_features == 2048
+
+
+def test_start_and_padding_may_differ():
+    model = T5(**TINY, start_id=7, pad_id=3)
+    labels = torch.tensor([[5, 6, 1, -100, -100], [5, 6, 8, 9, 1]])
+    shifted = [[7, 5, 6, 1, 3], [7, 5, 6, 8, 9]]
+    assert model.shift_right(labels).tolist() == shifted
+
+
+def test_loss_ignores_padded_labels():
+    torch.manual_seed(0)
+    model = T5(**TINY).eval()
+    src, labels = ids(2, 5, high=32), ids(2, 6, 1, high=32)
+    padded = nn.functional.pad(labels, (0, 4), value=-100)
+    loss = model.loss(src, labels)
+    assert torch.allclose(model.loss(src, padded), loss, atol=1e-6)
+    assert torch.allclose(
+        model.loss(src.int(), labels.int()), loss, atol=1e-6
+    )
+
+
+# --- JSON -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_goes_to_json_and_back(name):
+    config = T5Config(**PRESETS[name], dropout=0.1)
+    text = config.to_json()
+    assert json.loads(text)["scale_logits"] is config.tie_head
+    assert T5Config.from_json(text) == config
+    assert T5Config(**vars(config)) == config
+
+
+def test_config_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        T5Config(**TINY).dim = 32
+
+
+def test_json_with_unknown_fields():
+    text = json.dumps(TINY | {"dimm": 3, "head": 8})
+    with pytest.raises(ValueError, match=r"\['dimm', 'head'\].*'dim', 'enc_"):
+        T5Config.from_json(text)
+    with pytest.raises(TypeError, match="'dim'"):
+        T5Config.from_json("{}")
+
+
+# --- Clear errors ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"dim": 0}, "dim is 0; pass an int >= 1"),
+        ({"enc_heads": 0}, "enc_heads is 0; pass an int >= 1"),
+        ({"dec_depth": -1}, "dec_depth is -1; pass an int >= 1"),
+        ({"dec_dim_head": 64.0}, "dec_dim_head is 64.0; pass an int >= 1"),
+        ({"enc_depth": True}, "enc_depth is True"),
+        ({"eos_id": -1}, "eos_id is -1; pass an int >= 0"),
+        ({"enc_num_tokens": 99}, "enc_num_tokens is 99 and dec_num_tokens is 32"),
+    ],
+)
+def test_impossible_sizes(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        T5(**TINY | wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"dropout": 1.5}, "1.5"),
+        ({"feed_forward": "gelu"}, "gelu"),
+        ({"enc_mlp_mult": 0.01}, "0.01"),
+        ({"num_buckets": 3}, "3"),
+    ],
+)
+def test_parts_refuse_what_they_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        T5(**TINY | wrong)
+
+
+def test_unknown_keyword():
+    with pytest.raises(TypeError, match="'depth'"):
+        T5(**TINY, depth=3)
+
+
+GOOD = torch.tensor([[4, 5, 6], [7, 8, 9]])
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        (GOOD.float(), TypeError, r"source ids are torch.float32; pass ids"),
+        (GOOD.bool(), TypeError, r"source ids are torch.bool"),
+        (GOOD[0], ValueError, r"source ids have shape \(3,\); pass \(batch"),
+        (GOOD[:, :0], ValueError, r"source ids have shape \(2, 0\)"),
+        (GOOD[:0], ValueError, r"source ids have shape \(0, 3\)"),
+        (GOOD + 23, IndexError, "from 27 to 32, but .* holds 0 to 31"),
+        (GOOD - 5, IndexError, "source ids run from -1 to 4"),
+    ],
+    ids=["float", "bool", "1-D", "empty", "no example", "high", "negative"],
+)
+def test_source_ids(wrong, error, message):
+    model = T5(**TINY)
+    with pytest.raises(error, match=message):
+        model(wrong, GOOD)
+    with pytest.raises(error, match=message.replace("source", "target")):
+        model(GOOD, wrong)
+    with pytest.raises(error, match=message.replace("source", "label")):
+        model.loss(GOOD, wrong)
+
+
+def test_the_last_label_is_checked_too():
+    labels = torch.tensor([[4, 5, 32], [7, 8, -100]])
+    with pytest.raises(IndexError, match="label ids run from 0 to 32"):
+        T5(**TINY).loss(GOOD, labels)
+
+
+@pytest.mark.parametrize(
+    "masks, error, message",
+    [
+        ({"mask": torch.ones(2, 4).bool()}, ValueError, r"source.*\(2, 4\)"),
+        ({"tgt_mask": torch.ones(2, 4).bool()}, ValueError, r"target.*\(2, 4\)"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "float32.*boolean"),
+        ({"mask": torch.ones_like(GOOD)}, TypeError, "int64.*boolean"),
+    ],
+    ids=["source shape", "target shape", "float", "integer"],
+)
+def test_masks(masks, error, message):
+    with pytest.raises(error, match=message):
+        T5(**TINY)(GOOD, GOOD, **masks)
+
+
+def test_each_target_needs_its_source():
+    model = T5(**TINY)
+    with pytest.raises(ValueError, match="2 examples but memory has 1"):
+        model(GOOD[:1], GOOD)
+    memory = torch.zeros(2, 3, 15)
+    with pytest.raises(ValueError, match=r"\(2, 3, 15\); pass .* 16"):
+        model.decode(GOOD, memory)
