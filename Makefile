@@ -5,12 +5,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.t5-book-ready
 
-.PHONY: help book test lab outputs clean
+.PHONY: help book test lab tidy outputs clean
 
 help:
 	@echo "make book      run every chapter, train the toy T5, build the site"
 	@echo "make test      run all tests, and every chapter as a test"
 	@echo "make lab       open the chapters in JupyterLab"
+	@echo "make tidy      write the chapters the way JupyterLab saves them"
 	@echo "make outputs   store what the chapters print, for the tests"
 	@echo "make clean     remove what was built (not $(VENV))"
 
@@ -28,6 +29,9 @@ test: $(READY)
 
 lab: $(READY)
 	$(RUN) -m jupyterlab chapters
+
+tidy: $(READY)
+	$(RUN) tools/tidy.py
 
 outputs: $(READY)
 	$(RUN) tools/export.py

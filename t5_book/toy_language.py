@@ -38,13 +38,13 @@ class Source:
         self.emits = torch.tensor([self.words.index(w) for w in emits])
         origins, goals, chances = zip(*sorted(edges))
         self.origins, self.goals = torch.tensor([origins, goals])
-        self.chances = torch.tensor(chances).double()
+        self.chances = torch.tensor(chances, dtype=torch.float64)
         self.start = torch.eye(1, len(emits)).double()[0]
         said = self.emits[self.goals]  # sort edges by what they lead to
         self.saying = [said.eq(i).nonzero()[:, 0] for i in said.unique()]
         off = (self.step_back(torch.ones_like(self.start)) - 1).abs().max()
         if off > 1e-6:
-            raise ValueError(f"probabilities of a state are off 1 by {off}")
+            raise ValueError(f"chances of a state are off 1 by {off:.4f}")
 
     def step(self, share: Tensor, edges=slice(None)) -> Tensor:
         """Move a share of each state ``[n]`` along edges, all or some."""
@@ -158,7 +158,7 @@ class Source:
             source, targets = self.cut(text, hidden)
             told = self.read(source, hidden.sum().item(), targets)
             rows.append([(0.0, END), *told])
-        told = torch.tensor(rows).double()  # [b t 2]
+        told = torch.tensor(rows, dtype=torch.float64)  # [b t 2]
         return Filling(told[..., 0], told[..., 1].long())
 
 
@@ -174,7 +174,8 @@ SLOTS = {
     "place": "beach, farm, forest, garden, lake, market, river, school",
     "food": "apple, carrot, cake, egg, nut, pear, plum",
     "day next third last": "monday tuesday wednesday thursday, "
-    "tuesday wednesday thursday friday, wednesday thursday friday saturday, "
+    "tuesday wednesday thursday friday, "
+    "wednesday thursday friday saturday, "
     "thursday friday saturday sunday, friday saturday sunday monday, "
     "saturday sunday monday tuesday, sunday monday tuesday wednesday",
     "a b sum": "two two four, two three five, two four six, "

@@ -5,7 +5,6 @@ the chapter, not this file.
 """
 
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -77,8 +76,9 @@ class Trainer:
         clip: float = 1.0,
         folder: str | Path | None = None,
     ):
-        self.model, self.batches, self.optimizers = model, batches, optimizers
-        self.schedule, self.clip = schedule, clip
+        self.model, self.batches = model, batches
+        self.optimizers, self.schedule = optimizers, schedule
+        self.clip = clip
         self.folder = None if folder is None else Path(folder)
         self.rates = [
             [group["lr"] for group in optimizer.param_groups]
@@ -125,10 +125,9 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
         }
-        torch.save(state, self.folder / "checkpoint.partial")
-        os.replace(
-            self.folder / "checkpoint.partial", self.folder / "checkpoint.pt"
-        )
+        partial = self.folder / "checkpoint.partial"
+        torch.save(state, partial)
+        partial.replace(self.folder / "checkpoint.pt")
         lines = [json.dumps(record) + "\n" for record in self.history]
         (self.folder / "log.jsonl").write_text("".join(lines))
 
@@ -178,10 +177,11 @@ class Trainer:
         path = self.folder / "checkpoint.pt" if self.folder else None
         if path is None or not path.exists():
             return False
+        errors = RuntimeError, KeyError, EOFError, pickle.PickleError
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.step, self.history = state["step"], state["history"]
-        except (RuntimeError, KeyError, EOFError, pickle.PickleError) as error:
+        except errors as error:
             raise ValueError(
                 f"{path} is not a checkpoint of a Trainer ({error}); "
                 "delete it to start from the beginning"

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
 import torch
+
+import t5_book
 from runs import code_of, read_notebook
 from source import CHAPTERS, ROOT
 
@@ -54,7 +56,7 @@ def train_all(book: dict, runs: dict, **common) -> dict[str, list[dict]]:
     def train(model, options):
         options = common | options
         if "optimizers" in options:
-            options["optimizers"] = book[options["optimizers"]]
+            options["optimizers"] = getattr(t5_book, options["optimizers"])
         return book["train_toy"](model, **options)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
