@@ -45,6 +45,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): some minutes, some 1.5 GB."
 	$(RUN) -m pip install --quiet -r requirements.txt
 	$(RUN) -m pip install --quiet --no-deps -e .
 	@touch $@
