@@ -5,6 +5,11 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.t5-book-ready
 
+# The chapters are small: one thread is fastest, does not mind other work on
+# the machine, and gives the same digits everywhere. The last chapter sets
+# its own number of threads.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: help book test lab tidy outputs clean
 
 help:

@@ -155,6 +155,7 @@ class Scripted(nn.Module):
 
     def decode(self, tgt, memory, mask=None, cache=None):
         self.read.append(tgt[:, 0].tolist())
+        self.graph = torch.is_grad_enabled() or memory.requires_grad
         step = self.rows[:, len(self.read) - 1 : len(self.read)]
         return nn.functional.one_hot(step, 32).float()
 
@@ -179,6 +180,12 @@ def test_it_reads_the_start_token_and_then_its_own():
     model, script = scripted([[5, 6, 7, 1]], start_id=9)
     generate(model, ids(1, 4, high=32), max_new_tokens=3)
     assert script.read == [[9], [5], [6]]
+
+
+def test_it_keeps_no_graph():
+    model, script = scripted([[5, 6, 1]])
+    generate(model, ids(1, 4, high=32))
+    assert not script.graph
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
