@@ -130,3 +130,14 @@ def test_a_small_t5_learns_one_batch_by_heart():
     trainer = Trainer(model, lambda step: batches(0), muon_adamw(model))
     trainer.fit(150)
     assert evaluate(model, [batches(0)])["accuracy"] == 1.0
+
+
+def test_every_rate_follows_the_schedule():
+    trainer = make_trainer()
+    for step in range(2):
+        trainer.fit(step + 1)
+        factor = linear_schedule(20, 3)(step)
+        for optimizer, rates in zip(trainer.optimizers, trainer.rates):
+            now = [group["lr"] for group in optimizer.param_groups]
+            assert now == pytest.approx([rate * factor for rate in rates])
+    assert trainer.rates == [[0.005], [0.05, 0.3]]
