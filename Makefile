@@ -5,8 +5,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.t5-book-ready
 
-# The chapters are small: one thread is fastest, does not mind other work on
-# the machine, and gives the same digits everywhere. The last chapter sets
+# One thread each: several threads become very slow when other work shares
+# the cores, and printed digits depend on their number. The last chapter sets
 # its own number of threads.
 export OMP_NUM_THREADS ?= 1
 
