@@ -10,7 +10,14 @@ from small_book import ROOT, cell, export, make_book
 
 from export import main as export_book
 from run import main as run_book
-from runs import code_of, digest, read_notebook, stored_outputs, stored_path
+from runs import (
+    code_of,
+    digest,
+    read_notebook,
+    stored_outputs,
+    stored_path,
+    text_outputs,
+)
 from source import read_chapters
 from tidy import tidy
 
@@ -186,6 +193,15 @@ def test_stored_outputs_are_text_alone(book):
     text = (book.path / "tools/outputs/01_one.ipynb").read_text("utf-8")
     assert "image/png" not in text and "never the same" not in text
     assert "<Figure>" in text and str(book.path) not in text
+
+
+def test_it_does_not_matter_in_how_many_pieces_a_text_came():
+    def stream(text):
+        return nbformat.v4.new_output("stream", name="stdout", text=text)
+
+    pieces = [stream("one\n"), stream("two\n")]
+    assert text_outputs(pieces) == [stream("one\ntwo\n")]
+    assert pieces == [stream("one\n"), stream("two\n")]
 
 
 # --- Our chapters ---------------------------------------------------------

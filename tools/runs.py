@@ -21,6 +21,7 @@ from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from myst_nb.core.read import read_myst_markdown_notebook
 from nbformat import NotebookNode
+from nbval.plugin import coalesce_streams
 
 from source import BookError, Chapter, read_chapters
 
@@ -121,7 +122,11 @@ def stored_path(chapter: Path) -> Path:
 
 
 def text_outputs(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Reduce outputs to the text that is the same in every run."""
+    """Reduce outputs to the text that is the same in every run.
+
+    A kernel may send what a cell prints in one piece or in several, as
+    chance has it; here it is one.
+    """
     kept = []
     for output in outputs:
         if output.get("name") == "stderr" or WIDGET in output.get(
@@ -138,7 +143,7 @@ def text_outputs(outputs: list[NotebookNode]) -> list[NotebookNode]:
             output.traceback = []
         if output.get("data", True):
             kept.append(output)
-    return kept
+    return coalesce_streams(kept)
 
 
 def store_outputs(chapter: Path, executed: NotebookNode) -> bool:
