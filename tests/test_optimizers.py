@@ -1,4 +1,4 @@
-"""Chapter 13: Adafactor, Muon, parameter groups, and the schedule."""
+"""Chapter 16: Adafactor, Muon, parameter groups, and the schedule."""
 
 import pytest
 import torch

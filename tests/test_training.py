@@ -1,4 +1,4 @@
-"""Chapter 14: evaluation, the loop, and exact resuming."""
+"""Chapter 17: evaluation, the loop, and exact resuming."""
 
 import json
 

@@ -79,7 +79,7 @@ DECODER = Box(
 BOXES = [
     Box("text", "text · 1, 4", LEFT, 24, 152, 50),
     Box("tokens", "tokens · 2", 212, 24, 152, 50),
-    Box("spans", "hide spans · 3", 400, 24, 216, 50),
+    Box("spans", "hide spans · 3, 15", 400, 24, 216, 50),
     Box("model", "embedding · 11", LEFT, 128, COLUMN, 42),
     Box("model", "embedding · 11", RIGHT, 128, COLUMN, 42),
     ENCODER,
@@ -87,9 +87,9 @@ BOXES = [
     DECODER,
     *stack(RIGHT, 226, NORM, *SELF, NORM, CROSS, NORM, FORWARD),
     Box("model", "logits · 11", RIGHT, 552, COLUMN, 46),
-    Box("optimizer", "optimizer · 13", LEFT, 480, COLUMN, 46),
-    Box("training", "loss, training · 14", LEFT, 552, COLUMN, 46),
-    Box("generation", "generation · 12", RIGHT, 624, COLUMN, 46),
+    Box("optimizer", "optimizer · 16", LEFT, 480, COLUMN, 46),
+    Box("training", "loss, training · 17", LEFT, 552, COLUMN, 46),
+    Box("generation", "generation · 12, 13", RIGHT, 624, COLUMN, 46),
     Box("generation", "text", LEFT, 624, COLUMN, 46),
 ]
 ARROWS = [
@@ -127,9 +127,12 @@ CHAPTER_PARTS: dict[int, tuple[str, list[str]]] = {
     10: ("The decoder", ["decoder"]),
     11: ("The whole model", ["model", *STACKS]),
     12: ("Generation", ["generation"]),
-    13: ("The optimizer", ["optimizer"]),
-    14: ("Training", ["training"]),
-    15: ("Everything", sorted({box.part for box in BOXES})),
+    13: ("Generation", ["generation"]),
+    14: ("The whole model", ["model", *STACKS]),
+    15: ("Span corruption", ["spans"]),
+    16: ("The optimizer", ["optimizer"]),
+    17: ("Training", ["training"]),
+    18: ("Everything", sorted({box.part for box in BOXES})),
 }
 DESCRIPTION = (
     "Text becomes tokens, and spans of tokens are hidden. The inputs go "

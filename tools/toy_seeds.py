@@ -30,11 +30,15 @@ LONG_RUNS = {
     "seed 2": ({"seed": 2}, {"seed": 2}),
     "no position bias": ({"seed": 0, "bias": False}, {"seed": 0}),
 }
+GATED = {"feed_forward": "gated-gelu"}  # as many weights as ReLU has
+GATED |= {"enc_mlp_mult": 8 / 3, "dec_mlp_mult": 8 / 3}
 SHORT_RUNS = {
     "Muon and AdamW, tables at 0.3": ({}, {}),
     "the same, tables at 0.005": ({}, {"table_lr": 0.005}),
     "the same, no position bias": ({"bias": False}, {}),
     "the same, embeddings at 0.005": ({}, {"embedding_lr": 0.005}),
+    "the same, five rounds of Muon": ({}, {"rounds": 5}),
+    "the same, gated GELU": (GATED, {}),
     "Adafactor": ({}, {"optimizers": "adafactor"}),
 }
 
