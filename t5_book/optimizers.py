@@ -1,6 +1,6 @@
 """Optimizers: how far each weight of T5 goes at each step.
 
-Built in chapter 16, "Decide how far to step" (chapters/16_optimizers.md).
+Built in chapter 17, "Decide how far to step" (chapters/17_optimizers.md).
 Edit the chapter, not this file.
 """
 
@@ -31,7 +31,7 @@ def adafactor(model: nn.Module, warmup: int = 10_000) -> list[Optimizer]:
     Returns:
         A list of one ``torch.optim.Adafactor``.
 
-    Built in chapter 16, "Decide how far to step" (paper, section 3.1.2;
+    Built in chapter 17, "Decide how far to step" (paper, section 3.1.2;
     Shazeer and Stern 2018).
     """
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -49,7 +49,7 @@ def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
     Returns:
         ``[... n m]``.
 
-    Built in chapter 16, "Decide how far to step" (Jordan et al. 2024).
+    Built in chapter 17, "Decide how far to step" (Jordan et al. 2024).
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
@@ -72,7 +72,7 @@ class Muon(Optimizer):
         momentum: share of the old mean in the new; default 0.95.
         rounds: see ``orthogonalize``; default 5.
 
-    Built in chapter 16, "Decide how far to step" (Jordan et al. 2024).
+    Built in chapter 17, "Decide how far to step" (Jordan et al. 2024).
     """
 
     def __init__(
@@ -120,7 +120,7 @@ def muon_adamw(
     Returns:
         A ``Muon`` and an ``AdamW``.
 
-    Built in chapter 16, "Decide how far to step".
+    Built in chapter 17, "Decide how far to step".
     """
     matrices, tables, others = [], [], []
     for name, p in model.named_parameters():
@@ -154,7 +154,7 @@ def linear_schedule(steps: int, warmup: int) -> Callable[[int], float]:
     Raises:
         ValueError: if ``warmup`` is not between 1 and ``steps - 1``.
 
-    Built in chapter 16, "Decide how far to step".
+    Built in chapter 17, "Decide how far to step".
     """
     if not 1 <= warmup < steps:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Training: evaluation, and a loop that can be stopped and resumed.
 
-Built in chapter 17, "Set up the training" (chapters/17_training.md). Edit
+Built in chapter 18, "Set up the training" (chapters/18_training.md). Edit
 the chapter, not this file.
 """
 
@@ -32,7 +32,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict:
         ``loss``, nats per target token, and ``accuracy``, the share of
         target tokens whose most likely choice is right, teacher-forced.
 
-    Built in chapter 17, "Set up the training".
+    Built in chapter 18, "Set up the training".
     """
     loss, right, count = 0.0, 0, 0
     device = next(model.parameters()).device
@@ -63,7 +63,7 @@ class Trainer:
         folder: where ``checkpoint.pt`` and ``log.jsonl`` are kept;
             default: nothing is saved.
 
-    Built in chapter 17, "Set up the training".
+    Built in chapter 18, "Set up the training".
     """
 
     def __init__(

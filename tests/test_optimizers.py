@@ -1,4 +1,4 @@
-"""Chapter 16: Adafactor, Muon, parameter groups, and the schedule."""
+"""Chapter 17: Adafactor, Muon, parameter groups, and the schedule."""
 
 import pytest
 import torch

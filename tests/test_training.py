@@ -1,4 +1,4 @@
-"""Chapter 17: evaluation, the loop, and exact resuming."""
+"""Chapter 18: evaluation, the loop, and exact resuming."""
 
 import json
 

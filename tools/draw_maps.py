@@ -78,8 +78,8 @@ DECODER = Box(
 )
 BOXES = [
     Box("text", "text · 1, 4", LEFT, 24, 152, 50),
-    Box("tokens", "tokens · 2", 212, 24, 152, 50),
-    Box("spans", "hide spans · 3, 15", 400, 24, 216, 50),
+    Box("tokens", "tokens · 2, 14", 212, 24, 152, 50),
+    Box("spans", "hide spans · 3, 16", 400, 24, 216, 50),
     Box("model", "embedding · 11", LEFT, 128, COLUMN, 42),
     Box("model", "embedding · 11", RIGHT, 128, COLUMN, 42),
     ENCODER,
@@ -87,8 +87,8 @@ BOXES = [
     DECODER,
     *stack(RIGHT, 226, NORM, *SELF, NORM, CROSS, NORM, FORWARD),
     Box("model", "logits · 11", RIGHT, 552, COLUMN, 46),
-    Box("optimizer", "optimizer · 16", LEFT, 480, COLUMN, 46),
-    Box("training", "loss, training · 17", LEFT, 552, COLUMN, 46),
+    Box("optimizer", "optimizer · 17", LEFT, 480, COLUMN, 46),
+    Box("training", "loss, training · 18", LEFT, 552, COLUMN, 46),
     Box("generation", "generation · 12, 13", RIGHT, 624, COLUMN, 46),
     Box("generation", "text", LEFT, 624, COLUMN, 46),
 ]
@@ -128,11 +128,12 @@ CHAPTER_PARTS: dict[int, tuple[str, list[str]]] = {
     11: ("The whole model", ["model", *STACKS]),
     12: ("Generation", ["generation"]),
     13: ("Generation", ["generation"]),
-    14: ("The whole model", ["model", *STACKS]),
-    15: ("Span corruption", ["spans"]),
-    16: ("The optimizer", ["optimizer"]),
-    17: ("Training", ["training"]),
-    18: ("Everything", sorted({box.part for box in BOXES})),
+    14: ("The tokenizer", ["tokens"]),
+    15: ("The whole model", ["model", *STACKS]),
+    16: ("Span corruption", ["spans"]),
+    17: ("The optimizer", ["optimizer"]),
+    18: ("Training", ["training"]),
+    19: ("Everything", sorted({box.part for box in BOXES})),
 }
 DESCRIPTION = (
     "Text becomes tokens, and spans of tokens are hidden. The inputs go "

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         chapters = read_chapters(options.folder)
         drop_orphans(chapters)
         for chapter in choose(chapters, options.chapters):
-            notebook = run_or_find(chapter, len(chapters), options.again)
+            notebook = run_or_find(chapter, chapters[-1].number, options.again)
             if options.store and store_outputs(chapter.path, notebook):
                 print(f"        stored the outputs of {chapter.path.stem}")
     except BookError as error:
@@ -90,9 +90,9 @@ def drop_orphans(chapters: list[Chapter]) -> None:
     drop_runs(cache, lambda uri: uri not in known)
 
 
-def run_or_find(chapter: Chapter, count: int, again: bool) -> NotebookNode:
+def run_or_find(chapter: Chapter, last: int, again: bool) -> NotebookNode:
     """The chapter with its outputs, from its last run where that counts."""
-    line = f"[{chapter.number:2}/{count}] {chapter.path.stem:22}"
+    line = f"[{chapter.number:2}/{last}] {chapter.path.stem:22}"
     print(line, end=" ", flush=True)
     notebook = None if again else find_run(chapter)
     if notebook is not None:
