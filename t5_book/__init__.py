@@ -73,7 +73,7 @@ from t5_book.toy_language import (
     Source,
     ToyLanguage,
 )
-from t5_book.training import Trainer, evaluate
+from t5_book.training import Trainer, cross_entropy, evaluate
 
 __all__ = [
     "END",
@@ -112,6 +112,7 @@ __all__ = [
     "check_ids",
     "check_sequence",
     "corrupt_spans",
+    "cross_entropy",
     "deshuffling",
     "distance_bucket",
     "evaluate",

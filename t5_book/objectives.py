@@ -139,7 +139,7 @@ def deshuffling(
     Built in chapter 16, "Ask in other ways" (paper, section 3.3.1).
     """
     check_ids("text", tokens, ids.words_end)
-    mixed = [torch.randperm(len(row), generator=generator) for row in tokens]
+    mixed = [torch.randperm(len(r), generator=generator) for r in tokens]
     return _end([row[i] for row, i in zip(tokens, mixed)], tokens, ids)
 
 
@@ -156,7 +156,7 @@ def ul2_denoising(
     """Ask each row of ``tokens [b l]`` by one of UL2's seven denoisers.
 
     All seven are equally likely. ``modes`` has the ids that begin the
-    source: of ``[NLU]`` under R, of ``[S2S]`` under S, of ``[NLG]`` under X.
+    source: ``[NLU]`` under R, ``[S2S]`` under S, ``[NLG]`` under X.
     Built in chapter 16, "Ask in other ways" (Tay et al. 2022, table 1).
     """
     check_ids("text", tokens, ids.words_end)
