@@ -63,9 +63,8 @@ def span_denoising(
     """
     check_ids("text", tokens, ids.words_end)
     numbers = tokens.shape[1], noise_density, mean_noise_span_length
-    noise = random_spans_noise_mask(
-        *numbers, batch=len(tokens), generator=generator
-    )
+    draw = partial(random_spans_noise_mask, generator=generator)
+    noise = draw(*numbers, batch=len(tokens))
     return corrupt_spans(tokens, noise, **ids._asdict())
 
 
@@ -186,13 +185,13 @@ class PackedBatch(NamedTuple):
 def pack(
     batches: Iterable[Batch], src_length: int, tgt_length: int
 ) -> PackedBatch:
-    """Lay examples side by side, in their order, into rows of one length.
+    """Lay examples side by side, each into the first row with room for it.
 
-    A row ends where the next example finds too little room for its source
-    or its target; ValueError if any row would have too little, or if there
-    is no example. Built in chapter 16, "Ask in other ways".
+    ValueError if there is no example, or one that no row can hold. Built
+    in chapter 16, "Ask in other ways" (paper, section 3.1.2).
     """
-    room, rows, free = torch.tensor([src_length, tgt_length]), [], -1
+    room = torch.tensor([src_length, tgt_length])
+    rows, free = [[]], [room]  # the last row is empty
     for batch in batches:
         for src, mask, labels in zip(*batch):
             parts = src[mask], labels[labels != -100]
@@ -202,14 +201,15 @@ def pack(
                     f"an example has {sizes.tolist()} tokens and a row "
                     f"{room.tolist()} (source, target); lengthen the rows"
                 )
-            if (sizes > free).any():
+            i = next(i for i, f in enumerate(free) if (sizes <= f).all())
+            if not rows[i]:
                 rows.append([])
-                free = room
-            rows[-1].append(parts)
-            free = free - sizes
-    if not rows:
+                free.append(room)
+            rows[i].append(parts)
+            free[i] = free[i] - sizes
+    if not rows[0]:
         raise ValueError("there is nothing to pack; pass a batch or more")
-    sources, targets = zip(*[zip(*row) for row in rows])
+    sources, targets = zip(*[zip(*row) for row in rows[:-1]])
     sources = _lay(sources, src_length, 0)
     return PackedBatch(*sources, *_lay(targets, tgt_length, -100))
 
