@@ -192,20 +192,19 @@ def pack(
     """
     room = torch.tensor([src_length, tgt_length])
     rows, free = [[]], [room]  # the last row is empty
-    for batch in batches:
-        for src, mask, labels in zip(*batch):
-            parts = src[mask], labels[labels != -100]
-            sizes = torch.tensor([len(part) for part in parts])
-            if (sizes > room).any():
-                raise ValueError(
-                    f"an example has {sizes.tolist()} tokens and a row "
-                    f"{room.tolist()} (source, target); lengthen the rows"
-                )
-            i = next(i for i, f in enumerate(free) if (sizes <= f).all())
-            if not rows[i]:
-                rows, free = rows + [[]], free + [room]
-            rows[i].append(parts)
-            free[i] = free[i] - sizes
+    for src, mask, labels in (row for b in batches for row in zip(*b)):
+        parts = src[mask], labels[labels != -100]
+        sizes = torch.tensor([len(part) for part in parts])
+        if (sizes > room).any():
+            raise ValueError(
+                f"an example has {sizes.tolist()} tokens and a row "
+                f"{room.tolist()} (source, target); lengthen the rows"
+            )
+        i = next(i for i, f in enumerate(free) if (sizes <= f).all())
+        if not rows[i]:
+            rows, free = rows + [[]], free + [room]
+        rows[i].append(parts)
+        free[i] = free[i] - sizes
     if not rows[0]:
         raise ValueError("there is nothing to pack; pass a batch or more")
     sources, targets = zip(*[zip(*row) for row in rows[:-1]])
