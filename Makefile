@@ -41,6 +41,7 @@ tidy: $(READY)
 
 outputs: $(READY)
 	$(RUN) tools/export.py
+	$(RUN) tools/ledger.py
 	$(RUN) tools/run.py --store
 
 clean:
