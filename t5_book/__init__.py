@@ -26,6 +26,20 @@ from t5_book.feed_forward import (
     make_feed_forward,
 )
 from t5_book.generation import evaluating, generate
+from t5_book.objectives import (
+    UL2,
+    PackedBatch,
+    SpecialIds,
+    batch_logits,
+    bert_denoising,
+    deshuffling,
+    iid_denoising,
+    pack,
+    prefix_lm,
+    segment_mask,
+    span_denoising,
+    ul2_denoising,
+)
 from t5_book.optimizers import (
     Muon,
     adafactor,
@@ -59,7 +73,7 @@ from t5_book.toy_language import (
     Source,
     ToyLanguage,
 )
-from t5_book.training import Trainer, evaluate
+from t5_book.training import Trainer, cross_entropy, evaluate
 
 __all__ = [
     "END",
@@ -68,6 +82,7 @@ __all__ = [
     "SLOTS",
     "STORIES",
     "T5",
+    "UL2",
     "Batch",
     "BlockCache",
     "Decoder",
@@ -79,36 +94,48 @@ __all__ = [
     "GatedFeedForward",
     "MultiHeadAttention",
     "Muon",
+    "PackedBatch",
     "RMSNorm",
     "RelativePositionBias",
     "Source",
+    "SpecialIds",
     "T5Config",
     "Tokenizer",
     "ToyLanguage",
     "Trainer",
     "adafactor",
     "attention_weights",
+    "batch_logits",
+    "bert_denoising",
     "causal_mask",
     "check_buckets",
     "check_ids",
     "check_sequence",
     "corrupt_spans",
+    "cross_entropy",
+    "deshuffling",
     "distance_bucket",
     "evaluate",
     "evaluating",
     "expand_padding_mask",
     "fit_padding_mask",
     "generate",
+    "iid_denoising",
     "linear_schedule",
     "make_feed_forward",
     "muon_adamw",
     "noise_counts",
     "orthogonalize",
+    "pack",
     "pad_rows",
+    "prefix_lm",
     "random_spans_noise_mask",
     "relative_position_bucket",
     "restore_spans",
+    "segment_mask",
+    "span_denoising",
     "span_lengths",
+    "ul2_denoising",
 ]
 
 __version__ = "0.1.0"
