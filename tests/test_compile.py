@@ -1,0 +1,1 @@
+"""``torch.compile`` of the model, and ``torch.export`` of its halves."""
