@@ -27,6 +27,7 @@ from t5_book.feed_forward import (
 )
 from t5_book.generation import evaluating, generate
 from t5_book.optimizers import (
+    Adafactor,
     Muon,
     adafactor,
     linear_schedule,
@@ -68,6 +69,7 @@ __all__ = [
     "SLOTS",
     "STORIES",
     "T5",
+    "Adafactor",
     "Batch",
     "BlockCache",
     "Decoder",
