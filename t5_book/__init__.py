@@ -41,6 +41,7 @@ from t5_book.objectives import (
     ul2_denoising,
 )
 from t5_book.optimizers import (
+    Adafactor,
     Muon,
     adafactor,
     linear_schedule,
@@ -83,6 +84,7 @@ __all__ = [
     "STORIES",
     "T5",
     "UL2",
+    "Adafactor",
     "Batch",
     "BlockCache",
     "Decoder",
