@@ -240,10 +240,9 @@ class T5(nn.Module):
         return F.cross_entropy(logits, labels.flatten().long())
 
     def generate(
-        self, src: Tensor, mask: Tensor | None = None, *,
-        max_new_tokens: int = 64,
+        self, src: Tensor, mask: Tensor | None = None, **options
     ) -> Tensor:
         """Write a target for each source, as ``t5_book.generate`` says."""
         from t5_book.generation import generate
 
-        return generate(self, src, mask, max_new_tokens=max_new_tokens)
+        return generate(self, src, mask, **options)
