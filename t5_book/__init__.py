@@ -12,6 +12,13 @@ from t5_book.attention import (
     causal_mask,
     expand_padding_mask,
 )
+from t5_book.beam_search import (
+    Beams,
+    grow_beams,
+    keep_best,
+    may_improve,
+    take_beams,
+)
 from t5_book.decoder import BlockCache, Decoder, DecoderBlock
 from t5_book.encoder import (
     Encoder,
@@ -77,6 +84,7 @@ __all__ = [
     "STORIES",
     "T5",
     "Batch",
+    "Beams",
     "BlockCache",
     "Decoder",
     "DecoderBlock",
@@ -112,8 +120,11 @@ __all__ = [
     "first_target",
     "fit_padding_mask",
     "generate",
+    "grow_beams",
+    "keep_best",
     "linear_schedule",
     "make_feed_forward",
+    "may_improve",
     "muon_adamw",
     "noise_counts",
     "orthogonalize",
@@ -122,6 +133,7 @@ __all__ = [
     "relative_position_bucket",
     "restore_spans",
     "span_lengths",
+    "take_beams",
 ]
 
 __version__ = "0.1.0"

@@ -226,7 +226,6 @@ class WordStreamer:
 
     Pass it to ``generate`` with a batch of one. ``tokenizer`` has a method
     ``decode(ids)``; ``file`` is where to print, default: standard output.
-
     Built in chapter 12, "Generate text" (methods as in ``transformers``).
     """
 
