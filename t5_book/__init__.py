@@ -12,6 +12,13 @@ from t5_book.attention import (
     causal_mask,
     expand_padding_mask,
 )
+from t5_book.beam_search import (
+    Beams,
+    grow_beams,
+    keep_best,
+    may_improve,
+    take_beams,
+)
 from t5_book.decoder import BlockCache, Decoder, DecoderBlock
 from t5_book.encoder import (
     Encoder,
@@ -25,7 +32,15 @@ from t5_book.feed_forward import (
     GatedFeedForward,
     make_feed_forward,
 )
-from t5_book.generation import evaluating, generate
+from t5_book.generation import (
+    TargetReader,
+    WordStreamer,
+    check_lengths,
+    evaluating,
+    filter_logits,
+    first_target,
+    generate,
+)
 from t5_book.objectives import (
     UL2,
     PackedBatch,
@@ -86,6 +101,7 @@ __all__ = [
     "UL2",
     "Adafactor",
     "Batch",
+    "Beams",
     "BlockCache",
     "Decoder",
     "DecoderBlock",
@@ -102,9 +118,11 @@ __all__ = [
     "Source",
     "SpecialIds",
     "T5Config",
+    "TargetReader",
     "Tokenizer",
     "ToyLanguage",
     "Trainer",
+    "WordStreamer",
     "adafactor",
     "attention_weights",
     "batch_logits",
@@ -112,6 +130,7 @@ __all__ = [
     "causal_mask",
     "check_buckets",
     "check_ids",
+    "check_lengths",
     "check_sequence",
     "corrupt_spans",
     "cross_entropy",
@@ -120,11 +139,16 @@ __all__ = [
     "evaluate",
     "evaluating",
     "expand_padding_mask",
+    "filter_logits",
+    "first_target",
     "fit_padding_mask",
     "generate",
+    "grow_beams",
     "iid_denoising",
+    "keep_best",
     "linear_schedule",
     "make_feed_forward",
+    "may_improve",
     "muon_adamw",
     "noise_counts",
     "orthogonalize",
@@ -137,6 +161,7 @@ __all__ = [
     "segment_mask",
     "span_denoising",
     "span_lengths",
+    "take_beams",
     "ul2_denoising",
 ]
 
