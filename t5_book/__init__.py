@@ -12,10 +12,12 @@ from t5_book.attention import (
     causal_mask,
     expand_padding_mask,
 )
+from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.decoder import BlockCache, Decoder, DecoderBlock
 from t5_book.encoder import (
     Encoder,
     EncoderBlock,
+    check_ids,
     check_sequence,
     fit_padding_mask,
 )
@@ -49,7 +51,7 @@ from t5_book.span_corruption import (
     restore_spans,
     span_lengths,
 )
-from t5_book.t5 import PRESETS, T5, T5Config, check_ids
+from t5_book.t5 import PRESETS, T5, T5Config
 from t5_book.tokenizer import Tokenizer
 from t5_book.toy_language import (
     END,
@@ -70,6 +72,7 @@ __all__ = [
     "T5",
     "Batch",
     "BlockCache",
+    "ByteTokenizer",
     "Decoder",
     "DecoderBlock",
     "Encoder",

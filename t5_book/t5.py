@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t5_book.decoder import Decoder
-from t5_book.encoder import Encoder
+from t5_book.encoder import Encoder, check_ids
 
-__all__ = ["PRESETS", "T5", "T5Config", "check_ids"]
+__all__ = ["PRESETS", "T5", "T5Config"]
 
 
 @dataclass(frozen=True)
@@ -141,29 +141,6 @@ PRESETS: dict[str, dict] = {
     for family, (rows, num_tokens, extra) in _FAMILIES.items()
     for size, row in rows.items()
 }
-
-
-def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
-    """Refuse ids ``[b n]`` that a table of ``num_tokens`` rows lacks.
-
-    Raises TypeError, ValueError or IndexError for type, shape or range;
-    the error calls the ids by ``name``. Built in chapter 11, "Assemble T5".
-    """
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} ids are {ids.dtype}; pass ids.long()")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(
-            f"{name} ids have shape {tuple(ids.shape)}; pass (batch, "
-            "length) with at least one example and one token"
-        )
-    if ids.is_meta or torch.compiler.is_compiling():
-        return  # there are no numbers to look at
-    low, high = (bound.item() for bound in ids.aminmax())
-    if low < 0 or high >= num_tokens:
-        raise IndexError(
-            f"{name} ids run from {low} to {high}, but the vocabulary "
-            f"holds 0 to {num_tokens - 1}"
-        )
 
 
 class T5(nn.Module):
