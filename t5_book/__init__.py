@@ -12,7 +12,11 @@ from t5_book.attention import (
     causal_mask,
     expand_padding_mask,
 )
-from t5_book.byte_tokenizer import ByteTokenizer
+from t5_book.byte_tokenizer import (
+    ByteTokenizer,
+    find_release,
+    load_tokenizer,
+)
 from t5_book.decoder import BlockCache, Decoder, DecoderBlock
 from t5_book.encoder import (
     Encoder,
@@ -34,6 +38,11 @@ from t5_book.optimizers import (
     linear_schedule,
     muon_adamw,
     orthogonalize,
+)
+from t5_book.pretrained import (
+    load_pretrained,
+    released_name,
+    save_pretrained,
 )
 from t5_book.relative_position import (
     RelativePositionBias,
@@ -100,9 +109,12 @@ __all__ = [
     "evaluate",
     "evaluating",
     "expand_padding_mask",
+    "find_release",
     "fit_padding_mask",
     "generate",
     "linear_schedule",
+    "load_pretrained",
+    "load_tokenizer",
     "make_feed_forward",
     "muon_adamw",
     "noise_counts",
@@ -110,7 +122,9 @@ __all__ = [
     "pad_rows",
     "random_spans_noise_mask",
     "relative_position_bucket",
+    "released_name",
     "restore_spans",
+    "save_pretrained",
     "span_lengths",
 ]
 

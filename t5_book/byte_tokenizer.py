@@ -4,12 +4,14 @@ Built in chapter 14, "Read bytes instead of words"
 (chapters/14_byte_tokenizer.md). Edit the chapter, not this file.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from t5_book.tokenizer import Tokenizer
 
-__all__ = ["ByteTokenizer"]
+__all__ = ["ByteTokenizer", "find_release", "load_tokenizer"]
 
 
 class ByteTokenizer:
@@ -82,11 +84,12 @@ class ByteTokenizer:
             TypeError: if an id is not an integer.
             ValueError: if an id is out of range.
         """
-        ids = [i for i in self._check_ids(ids) if i > self.unk_id]
-        text = b"".join(
-            self._name(i).encode() if self._is_sentinel(i) else bytes([i - 3])
-            for i in ids
-        )
+        text = b""
+        for i in self._check_ids(ids):
+            if self._is_sentinel(i):
+                text += self._name(i).encode()
+            elif i > self.unk_id:
+                text += bytes([i - 3])
         return text.decode(errors="ignore")
 
     def _is_sentinel(self, i: int) -> bool:
@@ -109,3 +112,77 @@ class ByteTokenizer:
 
 
 _SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]*)>")
+
+
+def find_release(name_or_path: str | Path, *files: str) -> Path:
+    """Find a released model, on this machine or on the hub.
+
+    Args:
+        name_or_path: a folder or a file here; or the name of a model on
+            the hub, such as ``"google/flan-t5-small"``.
+        files: names of the files to fetch from the hub; ``*`` fits all.
+
+    Returns:
+        The path itself, or the folder in which ``huggingface_hub`` keeps
+        the files of that model; those that do not exist are not in it.
+
+    Raises:
+        FileNotFoundError: if it is neither here nor on the hub.
+        ImportError: if ``huggingface_hub`` is not installed.
+        ConnectionError: if the hub cannot be reached.
+
+    Built in chapter 14, "Read bytes instead of words".
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    lost = f"there is no file or folder {name_or_path}"
+    if isinstance(name_or_path, Path):
+        raise FileNotFoundError(lost)
+    return _download(name_or_path, files, lost)
+
+
+def _download(name: str, files: Sequence[str], lost: str) -> Path:
+    """Fetch files of a model from the hub; return their folder."""
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        hint = "to look for it on the hub, pip install huggingface_hub"
+        raise ImportError(f"{lost}; {hint}") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except errors.HFValidationError:  # such as "./model"
+        raise FileNotFoundError(lost) from None
+    except errors.RepositoryNotFoundError as error:
+        hint = "or it is one for which you must log in: hf auth login"
+        message = f"{lost}, and no such model on the hub, {hint}"
+        raise FileNotFoundError(message) from error
+    except errors.LocalEntryNotFoundError as error:
+        message = f"{lost}, and the hub cannot be reached"
+        raise ConnectionError(message) from error
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
+    """Load the tokenizer of a released T5.
+
+    Args:
+        name_or_path: a folder, or a name on the hub; see ``find_release``.
+
+    Raises:
+        ValueError: if there is no ``spiece.model``, and it is no ByT5.
+        FileNotFoundError, ImportError, ConnectionError: as
+            ``find_release``.
+
+    Built in chapter 14, "Read bytes instead of words".
+    """
+    files = "config.json", "tokenizer_config.json", "spiece.model"
+    folder = find_release(name_or_path, *files)
+    values = {}
+    for file in filter(Path.is_file, (folder / name for name in files[:2])):
+        values |= json.loads(file.read_text("utf-8"))
+    if (folder / files[2]).is_file():
+        extra_ids = values.get("extra_ids", 100)
+        return Tokenizer.load(folder / files[2], extra_ids=extra_ids)
+    if values.get("vocab_size") != ByteTokenizer().padded_vocab_size:
+        raise ValueError(f"{folder} has no spiece.model, and is no ByT5")
+    return ByteTokenizer()

@@ -224,3 +224,17 @@ class T5(nn.Module):
         from t5_book.generation import generate
 
         return generate(self, src, mask, max_new_tokens=max_new_tokens)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, dtype=None, device=None):
+        """Load a released T5, as ``t5_book.load_pretrained`` says."""
+        from t5_book.pretrained import load_pretrained
+
+        options = {"dtype": dtype, "device": device, "kind": cls}
+        return load_pretrained(name_or_path, **options)
+
+    def save_pretrained(self, folder) -> None:
+        """Write this model's files, as ``t5_book.save_pretrained`` says."""
+        from t5_book.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
