@@ -19,10 +19,16 @@ from t5_book.beam_search import (
     may_improve,
     take_beams,
 )
+from t5_book.byte_tokenizer import (
+    ByteTokenizer,
+    find_release,
+    load_tokenizer,
+)
 from t5_book.decoder import BlockCache, Decoder, DecoderBlock
 from t5_book.encoder import (
     Encoder,
     EncoderBlock,
+    check_ids,
     check_sequence,
     fit_padding_mask,
 )
@@ -63,6 +69,11 @@ from t5_book.optimizers import (
     muon_adamw,
     orthogonalize,
 )
+from t5_book.pretrained import (
+    load_pretrained,
+    released_name,
+    save_pretrained,
+)
 from t5_book.relative_position import (
     RelativePositionBias,
     check_buckets,
@@ -79,7 +90,7 @@ from t5_book.span_corruption import (
     restore_spans,
     span_lengths,
 )
-from t5_book.t5 import PRESETS, T5, T5Config, check_ids
+from t5_book.t5 import PRESETS, T5, T5Config
 from t5_book.tokenizer import Tokenizer
 from t5_book.toy_language import (
     END,
@@ -103,6 +114,7 @@ __all__ = [
     "Batch",
     "Beams",
     "BlockCache",
+    "ByteTokenizer",
     "Decoder",
     "DecoderBlock",
     "Encoder",
@@ -140,6 +152,7 @@ __all__ = [
     "evaluating",
     "expand_padding_mask",
     "filter_logits",
+    "find_release",
     "first_target",
     "fit_padding_mask",
     "generate",
@@ -147,6 +160,8 @@ __all__ = [
     "iid_denoising",
     "keep_best",
     "linear_schedule",
+    "load_pretrained",
+    "load_tokenizer",
     "make_feed_forward",
     "may_improve",
     "muon_adamw",
@@ -157,7 +172,9 @@ __all__ = [
     "prefix_lm",
     "random_spans_noise_mask",
     "relative_position_bucket",
+    "released_name",
     "restore_spans",
+    "save_pretrained",
     "segment_mask",
     "span_denoising",
     "span_lengths",
