@@ -109,17 +109,19 @@ def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
 
 
 def fit_padding_mask(
-    name: str, mask: Tensor | None, shape: tuple[int, int]
+    name: str, mask: Tensor | None, shape: tuple[int, int], queries: int
 ) -> Tensor | None:
-    """Check a padding mask against its sequence and expand it.
+    """Check a mask against the sequence that it hides, and expand it.
 
     Args:
         name: what to call the sequence in an error, such as ``"source"``.
-        mask: bool ``[b k]``, True at real tokens; None if all are real.
+        mask: bool ``[b k]``, True at real tokens, or ``[b q k]``, True
+            where query and token may meet; None if nothing is hidden.
         shape: ``(b, k)`` of the sequence.
+        queries: number of queries ``q`` that attend to it.
 
     Returns:
-        bool ``[b 1 1 k]`` as attention needs it, or None.
+        bool ``[b 1 1 k]`` or ``[b 1 q k]`` as attention needs it, or None.
 
     Raises:
         TypeError: if ``mask`` is not boolean.
@@ -129,10 +131,12 @@ def fit_padding_mask(
     """
     if mask is None:
         return None
-    if tuple(mask.shape) != tuple(shape):
+    b, k = shape
+    if tuple(mask.shape) not in ((b, k), (b, queries, k)):
         raise ValueError(
             f"{name} mask has shape {tuple(mask.shape)} but the {name} has "
-            f"shape {tuple(shape)}; pass one True or False for each token"
+            f"shape {(b, k)}; pass one True or False for each token, or "
+            f"for each pair of {queries} queries and {k} tokens"
         )
     return expand_padding_mask(mask)
 
@@ -182,7 +186,8 @@ class Encoder(nn.Module):
 
         Args:
             x: ``[b s dim]``, a vector for each token.
-            mask: bool ``[b s]``, True at real tokens; default: all real.
+            mask: bool ``[b s]``, True at real tokens, or ``[b s s]``, True
+                where two may meet (chapter 16); default: all real.
 
         Returns:
             ``[b s dim]``. At padding the numbers are finite and mean
@@ -194,7 +199,7 @@ class Encoder(nn.Module):
         """
         check_sequence("source", x, self.norm.weight.shape[0])
         b, s, _ = x.shape
-        mask = fit_padding_mask("source", mask, (b, s))  # [b 1 1 s]
+        mask = fit_padding_mask("source", mask, (b, s), queries=s)
         biases = [bias(s, s) for bias in self.biases]  # each [1 h s s]
         x = self.dropout(x)
         for block, bias in zip(self.blocks, cycle(biases)):

@@ -216,14 +216,15 @@ class T5(nn.Module):
         logits = self(src, self.shift_right(labels), mask).flatten(0, 1)
         return F.cross_entropy(logits, labels.flatten().long())
 
-    def generate(
-        self, src: Tensor, mask: Tensor | None = None, *,
-        max_new_tokens: int = 64,
-    ) -> Tensor:
-        """Write a target for each source, as ``t5_book.generate`` says."""
-        from t5_book.generation import generate
+    def generate(self, src: Tensor, mask: Tensor | None = None, *,
+                 num_beams: int = 1, **options) -> Tensor:
+        """Write targets ``[b n]``: see ``generate``, ``beam_search``."""
+        from t5_book import beam_search, generation
 
-        return generate(self, src, mask, max_new_tokens=max_new_tokens)
+        if num_beams == 1:
+            return generation.generate(self, src, mask, **options)
+        options["num_beams"] = num_beams
+        return beam_search.beam_search(self, src, mask, **options).ids
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, dtype=None, device=None):
