@@ -17,17 +17,19 @@ __all__ = [
 
 
 def expand_padding_mask(mask: Tensor) -> Tensor:
-    """Make a padding mask fit attention scores.
+    """Make a padding mask, or a mask of pairs, fit attention scores.
 
     Args:
-        mask: bool ``[b k]``, True where a key may be attended to.
+        mask: bool, True where a key may be attended to: ``[b k]`` by all
+            queries, or ``[b q k]`` by this query.
 
     Returns:
-        bool ``[b 1 1 k]``, which broadcasts over heads and queries.
+        bool ``[b 1 1 k]`` or ``[b 1 q k]``, which broadcasts to
+        ``[b h q k]``.
 
     Raises:
         TypeError: if ``mask`` is not boolean.
-        ValueError: if ``mask`` does not have two axes.
+        ValueError: if ``mask`` does not have two or three axes.
 
     Built in chapter 6, "Let every token look at every other".
     """
@@ -36,11 +38,13 @@ def expand_padding_mask(mask: Tensor) -> Tensor:
             f"padding mask is {mask.dtype}; pass a boolean mask, "
             "True where a token is real: mask.bool()"
         )
-    if mask.ndim != 2:
+    if mask.ndim not in (2, 3):
         raise ValueError(
-            f"padding mask has shape {tuple(mask.shape)}; "
-            "pass one of shape (batch, length)"
+            f"padding mask has shape {tuple(mask.shape)}; pass one of "
+            "shape (batch, length) or (batch, queries, keys)"
         )
+    if mask.ndim == 3:
+        return rearrange(mask, "b q k -> b 1 q k")
     return rearrange(mask, "b k -> b 1 1 k")
 
 

@@ -49,6 +49,10 @@ class BlockCache:
         self.target = keys, values
         return self.target
 
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows ``[b]`` of the target, in this order."""
+        self.target = tuple(part[rows] for part in self.target)
+
 
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention, feed-forward.
@@ -171,8 +175,9 @@ class Decoder(nn.Module):
 
     def self_mask(self, x: Tensor, mask: Tensor | None, k: int) -> Tensor:
         """What ``x``, the last of ``k`` tokens, may see: ``[b 1 q k]``."""
-        not_later = causal_mask(x.shape[1], k, x.device)
-        real = fit_padding_mask("target", mask, (x.shape[0], k))
+        b, q, _ = x.shape
+        not_later = causal_mask(q, k, x.device)
+        real = fit_padding_mask("target", mask, (b, k), queries=q)
         return not_later if real is None else not_later & real
 
     def forward(
@@ -191,7 +196,8 @@ class Decoder(nn.Module):
             mask: bool ``[b k]``, True at real tokens of the **target**,
                 those in the cache included; default: all real.
             memory_mask: bool ``[b s]``, True at real tokens of the
-                **source**; default: all real.
+                **source**; default: all real. Both masks may be of
+                pairs, ``[b q k]`` and ``[b q s]`` (chapter 16).
             cache: from ``new_cache``; ``x`` is appended to it.
 
         Returns:
@@ -208,7 +214,7 @@ class Decoder(nn.Module):
         q, k = x.shape[1], cache[0].length + x.shape[1]
         self_mask = self.self_mask(x, mask, k)
         source = memory.shape[:2]  # (b, s)
-        cross_mask = fit_padding_mask("source", memory_mask, source)
+        cross_mask = fit_padding_mask("source", memory_mask, source, q)
         biases = [bias(q, k) for bias in self.biases]  # each [1 h q k]
         x = self.dropout(x)
         for block, bias, kept in zip(self.blocks, cycle(biases), cache):

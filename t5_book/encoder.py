@@ -6,6 +6,7 @@ chapter, not this file.
 
 from itertools import cycle
 
+import torch
 from torch import Tensor, nn
 
 from t5_book.attention import MultiHeadAttention, expand_padding_mask
@@ -13,7 +14,13 @@ from t5_book.feed_forward import make_feed_forward
 from t5_book.relative_position import RelativePositionBias
 from t5_book.rms_norm import RMSNorm
 
-__all__ = ["Encoder", "EncoderBlock", "check_sequence", "fit_padding_mask"]
+__all__ = [
+    "Encoder",
+    "EncoderBlock",
+    "check_ids",
+    "check_sequence",
+    "fit_padding_mask",
+]
 
 
 class EncoderBlock(nn.Module):
@@ -76,18 +83,45 @@ def check_sequence(name: str, x: Tensor, dim: int) -> None:
         )
 
 
+def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
+    """Refuse ids ``[b n]`` that a table of ``num_tokens`` rows lacks.
+
+    Raises TypeError, ValueError or IndexError for type, shape or range;
+    the error calls the ids by ``name``.
+
+    Built in chapter 9, "Read the source".
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} ids are {ids.dtype}; pass ids.long()")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(
+            f"{name} ids have shape {tuple(ids.shape)}; pass (batch, "
+            "length) with at least one example and one token"
+        )
+    if ids.is_meta or torch.compiler.is_compiling():
+        return  # there are no numbers to look at
+    low, high = (bound.item() for bound in ids.aminmax())
+    if low < 0 or high >= num_tokens:
+        raise IndexError(
+            f"{name} ids run from {low} to {high}, but the vocabulary "
+            f"holds 0 to {num_tokens - 1}"
+        )
+
+
 def fit_padding_mask(
-    name: str, mask: Tensor | None, shape: tuple[int, int]
+    name: str, mask: Tensor | None, shape: tuple[int, int], queries: int
 ) -> Tensor | None:
-    """Check a padding mask against its sequence and expand it.
+    """Check a mask against the sequence that it hides, and expand it.
 
     Args:
         name: what to call the sequence in an error, such as ``"source"``.
-        mask: bool ``[b k]``, True at real tokens; None if all are real.
+        mask: bool ``[b k]``, True at real tokens, or ``[b q k]``, True
+            where query and token may meet; None if nothing is hidden.
         shape: ``(b, k)`` of the sequence.
+        queries: number of queries ``q`` that attend to it.
 
     Returns:
-        bool ``[b 1 1 k]`` as attention needs it, or None.
+        bool ``[b 1 1 k]`` or ``[b 1 q k]`` as attention needs it, or None.
 
     Raises:
         TypeError: if ``mask`` is not boolean.
@@ -97,10 +131,12 @@ def fit_padding_mask(
     """
     if mask is None:
         return None
-    if tuple(mask.shape) != tuple(shape):
+    b, k = shape
+    if tuple(mask.shape) not in ((b, k), (b, queries, k)):
         raise ValueError(
             f"{name} mask has shape {tuple(mask.shape)} but the {name} has "
-            f"shape {tuple(shape)}; pass one True or False for each token"
+            f"shape {(b, k)}; pass one True or False for each token, or "
+            f"for each pair of {queries} queries and {k} tokens"
         )
     return expand_padding_mask(mask)
 
@@ -150,7 +186,8 @@ class Encoder(nn.Module):
 
         Args:
             x: ``[b s dim]``, a vector for each token.
-            mask: bool ``[b s]``, True at real tokens; default: all real.
+            mask: bool ``[b s]``, True at real tokens, or ``[b s s]``, True
+                where two may meet (chapter 16); default: all real.
 
         Returns:
             ``[b s dim]``. At padding the numbers are finite and mean
@@ -162,7 +199,7 @@ class Encoder(nn.Module):
         """
         check_sequence("source", x, self.norm.weight.shape[0])
         b, s, _ = x.shape
-        mask = fit_padding_mask("source", mask, (b, s))  # [b 1 1 s]
+        mask = fit_padding_mask("source", mask, (b, s), queries=s)
         biases = [bias(s, s) for bias in self.biases]  # each [1 h s s]
         x = self.dropout(x)
         for block, bias in zip(self.blocks, cycle(biases)):

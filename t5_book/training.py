@@ -5,27 +5,32 @@ the chapter, not this file.
 """
 
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from t5_book.generation import evaluating
+from t5_book.objectives import PackedBatch, batch_logits
 from t5_book.span_corruption import Batch
+from t5_book.t5 import check_ids
 
-__all__ = ["Trainer", "evaluate"]
+__all__ = ["Trainer", "cross_entropy", "evaluate"]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict:
-    """Measure a model on batches, without dropout.
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch | PackedBatch]
+) -> dict:
+    """Measure a ``T5`` on batches, without dropout.
 
     Args:
-        model: a ``T5``.
+        model: the ``T5``.
         batches: what to measure it on; labels of -100 do not count.
 
     Returns:
@@ -37,9 +42,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict:
     loss, right, count = 0.0, 0, 0
     device = next(model.parameters()).device
     with evaluating(model):
-        for src, mask, labels in batches:
-            src, mask, labels = (t.to(device) for t in (src, mask, labels))
-            logits = model(src, model.shift_right(labels), mask)
+        for batch in batches:
+            batch = batch._make(part.to(device) for part in batch)
+            logits, labels = batch_logits(model, batch), batch.labels
             real = labels != -100
             loss += nn.functional.cross_entropy(
                 logits[real], labels[real], reduction="sum"
@@ -59,6 +64,8 @@ class Trainer:
         optimizers: which together step with the model's parameters.
         schedule: from the step to a factor on every learning rate;
             default: always 1.
+        loss: from model and batch to what shall be small; default: the
+            model's own loss, which wants a ``Batch``.
         clip: longest gradient, as the norm over all weights; default 1.
         folder: where ``checkpoint.pt`` and ``log.jsonl`` are kept;
             default: nothing is saved.
@@ -73,12 +80,15 @@ class Trainer:
         optimizers: Sequence[Optimizer],
         *,
         schedule: Callable[[int], float] = lambda step: 1.0,
+        loss: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: (
+            model.loss(batch.src, batch.labels, batch.mask)
+        ),
         clip: float = 1.0,
         folder: str | Path | None = None,
     ):
         self.model, self.batches = model, batches
         self.optimizers, self.schedule = optimizers, schedule
-        self.clip = clip
+        self.loss, self.clip = loss, clip
         self.folder = None if folder is None else Path(folder)
         self.rates = [
             [group["lr"] for group in optimizer.param_groups]
@@ -94,11 +104,12 @@ class Trainer:
             FloatingPointError: if the loss is not finite.
         """
         device = next(self.model.parameters()).device
-        src, mask, labels = (t.to(device) for t in self.batches(self.step))
+        batch = self.batches(self.step)
+        batch = batch._make(part.to(device) for part in batch)
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * self.schedule(self.step)
-        loss = self.model.loss(src, labels, mask)
+        loss = self.loss(self.model, batch)
         if not loss.isfinite():
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step}; lower the "
@@ -192,3 +203,35 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
         return True
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Mean cross-entropy in nats, smoothed and held in place as in t5x.
+
+    ``logits [b t v]`` and ``labels [b t]``, -100 where one does not count.
+    The other ids share ``label_smoothing``, and the entropy of such a
+    target is taken off; ``z_loss`` (1e-4 in t5x) weighs log(Z) squared.
+    ValueError for a wrong shape or smoothing, IndexError for a wrong label.
+
+    Built in chapter 18, "Set up the training" (t5x, ``losses.py``).
+    """
+    if not 0 <= label_smoothing < 1 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}, logits have shape "
+            f"{tuple(logits.shape)} and labels {tuple(labels.shape)}; pass "
+            "0 <= label_smoothing < 1, logits (b, t, v) and labels (b, t)"
+        )
+    real, v = labels != -100, logits.shape[-1]
+    labels = labels.masked_fill(~real, 0).long()
+    check_ids("label", labels, v)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    on, off = 1 - label_smoothing, label_smoothing / (v - 1)
+    entropy = -on * math.log(on) - (v - 1) * off * math.log(off + 1e-20)
+    log_z = logits.logsumexp(dim=-1)  # [b t]
+    own = logits.gather(-1, labels[..., None])[..., 0]
+    loss = log_z - (on - off) * own - off * logits.sum(dim=-1)
+    loss = loss - entropy + z_loss * log_z**2
+    return (loss * real).sum() / real.sum()

@@ -187,6 +187,23 @@ def test_padding_mask_is_expanded(batch, length):
     assert torch.equal(expanded[:, 0, 0], mask)
 
 
+@pytest.mark.parametrize("batch, length", SHAPES)
+def test_a_mask_of_pairs_is_expanded(batch, length):
+    mask = torch.rand(batch, 7, length) < 0.5
+    expanded = expand_padding_mask(mask)
+    assert expanded.shape == (batch, 1, 7, length)
+    assert torch.equal(expanded[:, 0], mask)
+
+
+@pytest.mark.parametrize("batch, length", SHAPES)
+@pytest.mark.parametrize("q_len", [1, 7])
+def test_a_mask_of_pairs_agrees(pair, batch, length, q_len):
+    x = torch.randn(batch, q_len, DIM)
+    context = torch.randn(batch, length, DIM)
+    mask = torch.rand(batch, q_len, length) < 0.5
+    assert_same(pair, x, context, expand_padding_mask(mask))
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_causal_mask_by_loop(length):
     mask = causal_mask(length, length)
@@ -210,12 +227,12 @@ def test_a_mask_of_another_type_is_refused(dtype):
         expand_padding_mask(torch.ones(2, 5, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 1, 5), (2, 1, 1, 5)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 1, 1, 5)])
 def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError) as error:
         expand_padding_mask(torch.ones(shape, dtype=torch.bool))
     assert f"shape {shape}" in str(error.value)
-    assert "(batch, length)" in str(error.value)
+    assert "(batch, length) or (batch, queries, keys)" in str(error.value)
 
 
 def test_more_queries_than_keys_are_refused():

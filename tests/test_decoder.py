@@ -344,6 +344,43 @@ def test_a_target_mask_is_refused_as_a_source_mask():
     assert "the source has shape (2, 9)" in text
 
 
+def test_masks_of_pairs_say_what_masks_of_padding_say():
+    decoder = Decoder(**SMALL).eval()
+    x, memory = torch.randn(3, 9, 16), torch.randn(3, 7, 16)
+    own, source = padding_masks(3, 9), padding_masks(3, 7)
+    pairs = own[:, None].expand(3, 9, 9), source[:, None].expand(3, 9, 7)
+    one = decoder(x, memory, own, source)
+    assert torch.equal(one, decoder(x, memory, *pairs))
+
+
+def test_each_target_token_has_rows_of_its_own():
+    """Token 5 alone is blind to target token 3, token 6 to source token 2."""
+    decoder = Decoder(**SMALL | {"depth": 1}).eval()
+    x, memory = torch.randn(2, 9, 16), torch.randn(2, 7, 16)
+    own, source = torch.ones(2, 9, 9).bool(), torch.ones(2, 9, 7).bool()
+    own[1, 5, 3] = source[1, 6, 2] = False
+    before = decoder(x, memory, own, source)
+    moved, read = x.clone(), memory.clone()
+    moved[:, 3] += 1.0
+    read[:, 2] += 1.0
+    same = (before == decoder(moved, memory, own, source)).all(dim=-1)
+    assert same[:, 3:].nonzero().tolist() == [[1, 2]] and same[:, :3].all()
+    same = (before == decoder(x, read, own, source)).all(dim=-1)
+    assert same.nonzero().tolist() == [[1, 6]]
+
+
+@pytest.mark.parametrize("name", ["mask", "memory_mask"])
+@pytest.mark.parametrize("shape", [(2, 1, 5), (2, 5, 1), (2, 4, 6), (2, 6, 5)])
+def test_a_mask_of_other_pairs_is_refused(name, shape):
+    x, memory = torch.randn(2, 4, 16), torch.randn(2, 5, 16)
+    if name == "mask":
+        x = torch.randn(2, 5, 16)
+    text = refusal(x, memory, **{name: torch.ones(shape).bool()})
+    kind = "target" if name == "mask" else "source"
+    assert f"{kind} mask has shape {shape}" in text
+    assert f"{x.shape[1]} queries and 5 tokens" in text
+
+
 def test_with_a_cache_the_mask_covers_all_tokens_so_far():
     decoder = Decoder(**SMALL)
     x, memory = torch.randn(2, 3, 16), torch.randn(2, 9, 16)

@@ -180,13 +180,17 @@ def test_compiles_to_one_graph():
 # --- Errors ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 6), (1, 5), (3, 5), (2, 5, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 6), (1, 5), (3, 5), (2, 5, 1), (2, 1, 5), (3, 5, 5), (2, 5, 6)],
+)
 def test_a_mask_of_another_shape_is_refused(shape):
     encoder = Encoder(**SMALL)
     with pytest.raises(ValueError) as error:
         encoder(torch.randn(2, 5, 16), torch.ones(shape).bool())
     assert f"source mask has shape {shape}" in str(error.value)
     assert "the source has shape (2, 5)" in str(error.value)
+    assert "5 queries and 5 tokens" in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.float])
@@ -208,8 +212,34 @@ def test_checks_call_the_sequence_by_its_name():
     with pytest.raises(ValueError, match="^memory has shape"):
         check_sequence("memory", torch.zeros(2, 5), 16)
     with pytest.raises(ValueError, match="^target mask has shape"):
-        fit_padding_mask("target", torch.ones(2, 6).bool(), (2, 5))
+        fit_padding_mask("target", torch.ones(2, 6).bool(), (2, 5), 5)
 
 
 def test_no_mask_stays_none():
-    assert fit_padding_mask("source", None, (2, 5)) is None
+    assert fit_padding_mask("source", None, (2, 5), 5) is None
+
+
+# --- Masks of pairs --------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch, length", [(3, 9), (9, 9), (4, 10)])
+def test_padding_may_be_told_pair_by_pair(batch, length):
+    model, _ = make_pair()
+    x, mask = vectors(batch, length), padding_masks(batch, length)
+    pairs = mask[:, None].expand(-1, length, -1)
+    with torch.no_grad():
+        one, two = model.encoder(x, mask), model.encoder(x, pairs)
+    assert torch.equal(one, two)
+
+
+def test_each_query_has_a_row_of_its_own():
+    """Query 2 alone is blind to token 4, and only in example 1."""
+    encoder = Encoder(**SMALL | {"depth": 1}).eval()
+    pairs = torch.ones(3, 5, 5).bool()
+    pairs[1, 2, 4] = False
+    x = torch.randn(3, 5, 16)
+    moved = x.clone()
+    moved[:, 4] += 1.0
+    before, after = encoder(x, pairs), encoder(moved, pairs)
+    same = (before == after).all(dim=-1)
+    assert same.nonzero().tolist() == [[1, 2]]
