@@ -28,9 +28,10 @@ book: $(READY)
 
 # The chapters run first, with progress; pytest then compares their outputs
 # and runs again those that failed. (`pytest --nbval` runs them all itself.)
+# Its two workers take a file at a time, so the cells of a chapter stay in order.
 test: $(READY)
 	-$(RUN) tools/run.py
-	$(RUN) -m pytest --nbval --nbval-reuse
+	$(RUN) -m pytest --nbval --nbval-reuse -n 2 --dist loadfile
 
 lab: $(READY)
 	$(RUN) -m jupyterlab chapters
@@ -40,6 +41,7 @@ tidy: $(READY)
 
 outputs: $(READY)
 	$(RUN) tools/export.py
+	$(RUN) tools/ledger.py
 	$(RUN) tools/run.py --store
 
 clean:

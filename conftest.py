@@ -56,13 +56,24 @@ def pytest_collect_file(file_path, parent):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session, config, items):
+    """Check what was collected; with workers, that is done below."""
+    if not session.testsfailed and not hasattr(config, "workerinput"):
+        found = any(isinstance(item, ChapterCell) for item in items)
+        demand_chapters(config, found)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    """Check what a worker of pytest-xdist has collected."""
+    demand_chapters(node.config, any(".md::Cell " in name for name in ids))
+
+
+def demand_chapters(config, found):
     """Asking for the chapters and finding none is an error."""
     option = config.option
     asked = option.nbval or option.nbval_lax
-    asked = asked and not getattr(option, "lf", False)
-    if asked and not session.testsfailed:
-        if not any(isinstance(item, ChapterCell) for item in items):
-            raise pytest.UsageError("--nbval: no chapter was collected")
+    if asked and not found and not getattr(option, "lf", False):
+        raise pytest.UsageError("--nbval: no chapter was collected")
 
 
 class ChapterFile(IPyNbFile):

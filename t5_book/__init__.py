@@ -12,10 +12,23 @@ from t5_book.attention import (
     causal_mask,
     expand_padding_mask,
 )
+from t5_book.beam_search import (
+    Beams,
+    grow_beams,
+    keep_best,
+    may_improve,
+    take_beams,
+)
+from t5_book.byte_tokenizer import (
+    ByteTokenizer,
+    find_release,
+    load_tokenizer,
+)
 from t5_book.decoder import BlockCache, Decoder, DecoderBlock
 from t5_book.encoder import (
     Encoder,
     EncoderBlock,
+    check_ids,
     check_sequence,
     fit_padding_mask,
 )
@@ -25,7 +38,15 @@ from t5_book.feed_forward import (
     GatedFeedForward,
     make_feed_forward,
 )
-from t5_book.generation import evaluating, generate
+from t5_book.generation import (
+    TargetReader,
+    WordStreamer,
+    check_lengths,
+    evaluating,
+    filter_logits,
+    first_target,
+    generate,
+)
 from t5_book.objectives import (
     UL2,
     PackedBatch,
@@ -41,11 +62,17 @@ from t5_book.objectives import (
     ul2_denoising,
 )
 from t5_book.optimizers import (
+    Adafactor,
     Muon,
     adafactor,
     linear_schedule,
     muon_adamw,
     orthogonalize,
+)
+from t5_book.pretrained import (
+    load_pretrained,
+    released_name,
+    save_pretrained,
 )
 from t5_book.relative_position import (
     RelativePositionBias,
@@ -63,7 +90,7 @@ from t5_book.span_corruption import (
     restore_spans,
     span_lengths,
 )
-from t5_book.t5 import PRESETS, T5, T5Config, check_ids
+from t5_book.t5 import PRESETS, T5, T5Config
 from t5_book.tokenizer import Tokenizer
 from t5_book.toy_language import (
     END,
@@ -83,8 +110,11 @@ __all__ = [
     "STORIES",
     "T5",
     "UL2",
+    "Adafactor",
     "Batch",
+    "Beams",
     "BlockCache",
+    "ByteTokenizer",
     "Decoder",
     "DecoderBlock",
     "Encoder",
@@ -100,9 +130,11 @@ __all__ = [
     "Source",
     "SpecialIds",
     "T5Config",
+    "TargetReader",
     "Tokenizer",
     "ToyLanguage",
     "Trainer",
+    "WordStreamer",
     "adafactor",
     "attention_weights",
     "batch_logits",
@@ -110,6 +142,7 @@ __all__ = [
     "causal_mask",
     "check_buckets",
     "check_ids",
+    "check_lengths",
     "check_sequence",
     "corrupt_spans",
     "cross_entropy",
@@ -118,11 +151,19 @@ __all__ = [
     "evaluate",
     "evaluating",
     "expand_padding_mask",
+    "filter_logits",
+    "find_release",
+    "first_target",
     "fit_padding_mask",
     "generate",
+    "grow_beams",
     "iid_denoising",
+    "keep_best",
     "linear_schedule",
+    "load_pretrained",
+    "load_tokenizer",
     "make_feed_forward",
+    "may_improve",
     "muon_adamw",
     "noise_counts",
     "orthogonalize",
@@ -131,10 +172,13 @@ __all__ = [
     "prefix_lm",
     "random_spans_noise_mask",
     "relative_position_bucket",
+    "released_name",
     "restore_spans",
+    "save_pretrained",
     "segment_mask",
     "span_denoising",
     "span_lengths",
+    "take_beams",
     "ul2_denoising",
 ]
 

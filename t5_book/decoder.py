@@ -49,6 +49,10 @@ class BlockCache:
         self.target = keys, values
         return self.target
 
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows ``[b]`` of the target, in this order."""
+        self.target = tuple(part[rows] for part in self.target)
+
 
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention, feed-forward.

@@ -6,6 +6,7 @@ chapter, not this file.
 
 from itertools import cycle
 
+import torch
 from torch import Tensor, nn
 
 from t5_book.attention import MultiHeadAttention, expand_padding_mask
@@ -13,7 +14,13 @@ from t5_book.feed_forward import make_feed_forward
 from t5_book.relative_position import RelativePositionBias
 from t5_book.rms_norm import RMSNorm
 
-__all__ = ["Encoder", "EncoderBlock", "check_sequence", "fit_padding_mask"]
+__all__ = [
+    "Encoder",
+    "EncoderBlock",
+    "check_ids",
+    "check_sequence",
+    "fit_padding_mask",
+]
 
 
 class EncoderBlock(nn.Module):
@@ -73,6 +80,31 @@ def check_sequence(name: str, x: Tensor, dim: int) -> None:
         raise ValueError(
             f"{name} has shape {shape}; pass (batch, length, {dim}) with "
             "at least one example and one token"
+        )
+
+
+def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
+    """Refuse ids ``[b n]`` that a table of ``num_tokens`` rows lacks.
+
+    Raises TypeError, ValueError or IndexError for type, shape or range;
+    the error calls the ids by ``name``.
+
+    Built in chapter 9, "Read the source".
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} ids are {ids.dtype}; pass ids.long()")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(
+            f"{name} ids have shape {tuple(ids.shape)}; pass (batch, "
+            "length) with at least one example and one token"
+        )
+    if ids.is_meta or torch.compiler.is_compiling():
+        return  # there are no numbers to look at
+    low, high = (bound.item() for bound in ids.aminmax())
+    if low < 0 or high >= num_tokens:
+        raise IndexError(
+            f"{name} ids run from {low} to {high}, but the vocabulary "
+            f"holds 0 to {num_tokens - 1}"
         )
 
 

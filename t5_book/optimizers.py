@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adafactor, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 __all__ = [
+    "Adafactor",
     "Muon",
     "adafactor",
     "linear_schedule",
@@ -19,23 +20,88 @@ __all__ = [
 ]
 
 
-def adafactor(model: nn.Module, warmup: int = 10_000) -> list[Optimizer]:
-    """Make the paper's optimizer, with its schedule built in.
+class Adafactor(Optimizer):
+    """Steps in proportion to the weights; squares kept as row and column.
 
-    The relative step size at step ``t`` is ``1 / sqrt(max(t, warmup))``.
+    Matrices with a side below 128 and vectors keep every square. There is
+    no momentum and no decay. It computes in the type of the weights.
+
+    Args:
+        params: parameters, or parameter groups of them.
+        lr: relative size of a step; default 0.001, for fine-tuning.
+        warmup: if given, step ``n + 1`` is ``lr / sqrt(max(n, warmup))``.
+
+    Raises:
+        ValueError: if ``warmup`` is less than 1.
+
+    Built in chapter 17, "Decide how far to step" (Shazeer and Stern 2018;
+    code of t5x, ``adafactor.py``).
+    """
+
+    def __init__(self, params, lr: float = 1e-3, warmup: int | None = None):
+        if warmup is not None and warmup < 1:
+            raise ValueError(f"warmup is {warmup}; pass 1 or more, or None")
+        super().__init__(params, {"lr": lr, "warmup": warmup})
+
+    def track(self, p: Tensor, name: str, new: Tensor) -> Tensor:
+        """Take ``new`` into a running mean for ``p``; return the mean."""
+        mean = self.state[p].setdefault(name, torch.zeros_like(new))
+        return mean.lerp_(new, self.state[p]["step"] ** -0.8)
+
+    def normalize(self, p: Tensor) -> Tensor:
+        """Divide the gradient of ``p`` by the root of its mean square."""
+        square = p.grad.square() + 1e-30
+        if p.ndim != 2 or min(p.shape) < 128:
+            return p.grad * self.track(p, "squares", square).rsqrt()
+        rows = self.track(p, "rows", square.mean(dim=1, keepdim=True))
+        columns = self.track(p, "columns", square.mean(dim=0))
+        return p.grad * (rows / rows.mean()).rsqrt() * columns.rsqrt()
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Take one step. ``closure`` is not supported."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+    def update(self, p: Tensor, group: dict) -> None:
+        """Step with one parameter ``p`` of any shape."""
+        state, rate = self.state[p], group["lr"]
+        steps_before = state.get("step", 0)
+        state["step"] = steps_before + 1
+        if group["warmup"] is not None:
+            rate = rate * max(steps_before, group["warmup"]) ** -0.5
+        step = self.normalize(p)
+        step = step / _rms(step).clamp(min=1)
+        p.sub_(rate * _rms(p).clamp(min=1e-3) * step)
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root of the mean square of all numbers."""
+    return x.square().mean().sqrt()
+
+
+def adafactor(
+    model: nn.Module, warmup: int | None = 10_000
+) -> list[Optimizer]:
+    """Make the paper's optimizer, with its schedule built in.
 
     Args:
         model: its parameters that require a gradient are trained.
-        warmup: steps at a constant rate, the paper's ``k``; default 10,000.
+        warmup: steps at a constant rate, the paper's ``k``; default
+            10,000. After ``n`` steps the relative step size is
+            ``1 / sqrt(max(n, warmup))``. None: always 0.001, the paper's
+            choice for fine-tuning.
 
     Returns:
-        A list of one ``torch.optim.Adafactor``.
+        A list of one ``Adafactor``.
 
-    Built in chapter 17, "Decide how far to step" (paper, section 3.1.2;
-    Shazeer and Stern 2018).
+    Built in chapter 17, "Decide how far to step" (paper, section 3.1.2).
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [Adafactor(trained, lr=warmup**-0.5)]
+    rate = 1e-3 if warmup is None else 1.0
+    return [Adafactor(trained, rate, warmup)]
 
 
 def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t5_book.decoder import Decoder
-from t5_book.encoder import Encoder
+from t5_book.encoder import Encoder, check_ids
 
-__all__ = ["PRESETS", "T5", "T5Config", "check_ids"]
+__all__ = ["PRESETS", "T5", "T5Config"]
 
 
 @dataclass(frozen=True)
@@ -143,29 +143,6 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
-    """Refuse ids ``[b n]`` that a table of ``num_tokens`` rows lacks.
-
-    Raises TypeError, ValueError or IndexError for type, shape or range;
-    the error calls the ids by ``name``. Built in chapter 11, "Assemble T5".
-    """
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} ids are {ids.dtype}; pass ids.long()")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(
-            f"{name} ids have shape {tuple(ids.shape)}; pass (batch, "
-            "length) with at least one example and one token"
-        )
-    if ids.is_meta or torch.compiler.is_compiling():
-        return  # there are no numbers to look at
-    low, high = (bound.item() for bound in ids.aminmax())
-    if low < 0 or high >= num_tokens:
-        raise IndexError(
-            f"{name} ids run from {low} to {high}, but the vocabulary "
-            f"holds 0 to {num_tokens - 1}"
-        )
-
-
 class T5(nn.Module):
     """The text-to-text transformer; ``config`` has ``T5Config``'s fields.
 
@@ -239,11 +216,26 @@ class T5(nn.Module):
         logits = self(src, self.shift_right(labels), mask).flatten(0, 1)
         return F.cross_entropy(logits, labels.flatten().long())
 
-    def generate(
-        self, src: Tensor, mask: Tensor | None = None, *,
-        max_new_tokens: int = 64,
-    ) -> Tensor:
-        """Write a target for each source, as ``t5_book.generate`` says."""
-        from t5_book.generation import generate
+    def generate(self, src: Tensor, mask: Tensor | None = None, *,
+                 num_beams: int = 1, **options) -> Tensor:
+        """Write targets ``[b n]``: see ``generate``, ``beam_search``."""
+        from t5_book import beam_search, generation
 
-        return generate(self, src, mask, max_new_tokens=max_new_tokens)
+        if num_beams == 1:
+            return generation.generate(self, src, mask, **options)
+        options["num_beams"] = num_beams
+        return beam_search.beam_search(self, src, mask, **options).ids
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, dtype=None, device=None):
+        """Load a released T5, as ``t5_book.load_pretrained`` says."""
+        from t5_book.pretrained import load_pretrained
+
+        options = {"dtype": dtype, "device": device, "kind": cls}
+        return load_pretrained(name_or_path, **options)
+
+    def save_pretrained(self, folder) -> None:
+        """Write this model's files, as ``t5_book.save_pretrained`` says."""
+        from t5_book.pretrained import save_pretrained
+
+        save_pretrained(self, folder)

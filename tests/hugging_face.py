@@ -2,6 +2,8 @@
 copy their weights into ours."""
 
 import torch
+import transformers
+from torch import Tensor, nn
 from transformers import T5Config as ReferenceConfig
 from transformers import T5ForConditionalGeneration as Reference
 
@@ -18,6 +20,26 @@ PLACES = {
     "cross_attention": (1, "EncDecAttention"),
     "feed_forward_norm": (-1, "layer_norm"),
     "feed_forward": (-1, "DenseReluDense"),
+}
+SMALL = dict(
+    vocab_size=SIZES["num_tokens"],
+    d_model=SIZES["dim"],
+    d_kv=SIZES["dim_head"],
+    num_heads=SIZES["heads"],
+    num_layers=SIZES["depth"],
+    num_decoder_layers=SIZES["dec_depth"],
+    d_ff=2 * SIZES["dim"],
+)
+GATED = dict(feed_forward_proj="gated-gelu")
+# Four blocks read and one writes, and heads * dim_head is not dim.
+UNEVEN = dict(num_layers=4, num_decoder_layers=1, num_heads=6, d_kv=12)
+# How transformers makes each family, and what is not at our default.
+FAMILIES = {
+    "t5": ("T5", {"feed_forward_proj": "relu"}),
+    "t5-v1_1": ("T5", GATED),
+    "mt5": ("MT5", GATED),
+    "byt5": ("T5", GATED | UNEVEN),
+    "umt5": ("UMT5", GATED),
 }
 
 
@@ -39,7 +61,7 @@ def reference_name(name: str) -> str:
     return f"{stack}.block.{block}.layer.{layer}.{module}.{'.'.join(weight)}"
 
 
-def copy_weights(ours: torch.nn.Module, reference: torch.nn.Module) -> None:
+def copy_weights(ours: nn.Module, reference: nn.Module) -> None:
     """Load the weights of a reference T5 into ours."""
     weights = reference.state_dict()
     ours.load_state_dict(
@@ -47,22 +69,102 @@ def copy_weights(ours: torch.nn.Module, reference: torch.nn.Module) -> None:
     )
 
 
-def make_pair(feed_forward="relu", seed=0, **ours) -> tuple[T5, Reference]:
-    """A reference T5 with random weights, and ours with the same."""
+# --- The five families ----------------------------------------------------
+
+
+def make_family(family: str, seed: int = 0, **sizes) -> tuple[T5, nn.Module]:
+    """A reference of a family of ``FAMILIES``, and ours with its weights.
+
+    ``sizes`` are those of the reference's config; default: ``SMALL``.
+    """
     torch.manual_seed(seed)
-    reference = Reference(
-        ReferenceConfig(
-            vocab_size=SIZES["num_tokens"],
-            d_model=SIZES["dim"],
-            d_kv=SIZES["dim_head"],
-            num_heads=SIZES["heads"],
-            num_layers=SIZES["depth"],
-            num_decoder_layers=SIZES["dec_depth"],
-            d_ff=2 * SIZES["dim"],
-            feed_forward_proj=feed_forward,
-            dropout_rate=0.0,
-        )
-    ).eval()
+    reference = make_reference(family, **sizes)
+    perturb(reference)
+    ours = T5(**keywords(family, reference.config)).eval()
+    copy_weights(ours, reference)
+    return ours, reference
+
+
+def make_reference(family: str, **sizes) -> nn.Module:
+    """A model of transformers as the authors of the family released it."""
+    kind, extra = FAMILIES[family]
+    config = getattr(transformers, f"{kind}Config")
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")
+    config = config(
+        **SMALL | extra | sizes, dropout_rate=0.0, decoder_start_token_id=0
+    )
+    reference = model(config).eval()
+    return reference if family == "t5" else untie(reference)
+
+
+def untie(reference: nn.Module) -> nn.Module:
+    """Give a reference a head of its own, and logits that are not scaled.
+
+    Every released model but T5 1.0 has both. ``transformers`` 5.23 ties
+    the head of a fresh model whatever its config says, and then scales the
+    logits of T5 1.1 if it is fresh, and those of UMT5 always.
+    """
+    head = torch.randn_like(reference.lm_head.weight)
+    scale = reference.config.d_model**-0.5
+    reference.lm_head.weight = nn.Parameter(head * scale)
+    reference.config.scale_decoder_outputs = False  # T5 asks for this,
+    reference.config.tie_word_embeddings = False  # and UMT5 for this
+    return reference
+
+
+def perturb(reference: nn.Module) -> None:
+    """Change what starts so even or so small that it would hide bugs."""
+    for name, weight in reference.named_parameters():
+        if weight.ndim == 1:  # norms start at one
+            weight.data += 0.3 * torch.randn_like(weight)
+        if "relative_attention_bias" in name:  # as large as the scores
+            weight.data.normal_()
+
+
+def keywords(family: str, config) -> dict:
+    """What to pass to our ``T5``, for a config of ``transformers``."""
+    sides = {
+        f"{side}_{name}": value
+        for side in ("enc", "dec")
+        for name, value in dict(
+            num_tokens=config.vocab_size,
+            depth=config.num_layers,
+            heads=config.num_heads,
+            dim_head=config.d_kv,
+            mlp_mult=config.d_ff / config.d_model,
+        ).items()
+    }
+    return sides | dict(
+        dim=config.d_model,
+        dec_depth=config.num_decoder_layers,
+        feed_forward=config.feed_forward_proj,
+        tie_head=family == "t5",
+        bias_per_layer=family == "umt5",
+    )
+
+
+def exact_norms(reference: nn.Module) -> nn.Module:
+    """Let a float64 reference compute its norms in float64.
+
+    ``transformers`` takes the statistics in float32, always: right for
+    smaller types, but in float64 it leaves an error of 1e-7.
+    """
+    for module in reference.modules():
+        if type(module).__name__.endswith("LayerNorm"):
+            module.forward = lambda x, norm=module: nn.functional.rms_norm(
+                x, x.shape[-1:], norm.weight, norm.variance_epsilon
+            )
+    return reference
+
+
+def make_pair(feed_forward="relu", seed=0, **ours) -> tuple[T5, Reference]:
+    """A reference T5 as ``transformers`` makes it, and ours.
+
+    With either feed-forward layer, its head is tied and scales.
+    """
+    torch.manual_seed(seed)
+    config = SMALL | dict(feed_forward_proj=feed_forward, dropout_rate=0.0)
+    reference = Reference(ReferenceConfig(**config)).eval()
     for name, weight in reference.named_parameters():
         if weight.ndim == 1:  # norms start at one, which would hide bugs
             weight.data += 0.3 * torch.randn_like(weight)
@@ -89,15 +191,58 @@ def make_ours(**extra) -> T5:
     return T5(dim=SIZES["dim"], **sides, **extra)
 
 
-def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
+# --- Inputs and differences -----------------------------------------------
+
+
+def difference(ours: Tensor, reference: Tensor) -> float:
     """Largest difference, relative where the reference exceeds one."""
     return ((ours - reference).abs() / reference.abs().clamp(min=1)).max().item()
 
 
-def padding_masks(batch: int, length: int) -> torch.Tensor:
+def random_ids(
+    batch: int, length: int, seed: int = 0, high: int = SIZES["num_tokens"]
+) -> Tensor:
+    """Random tokens, without padding and eos."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, high, (batch, length), generator=generator)
+
+
+def padding_masks(batch: int, length: int) -> Tensor:
     """A mask with padding on the right (row 0), on the left (row 1)."""
     mask = torch.ones(batch, length, dtype=torch.bool)
     if length > 2:
         mask[0, length // 2 :] = False
         mask[1, : length // 3] = False
     return mask
+
+
+def their_logits(
+    reference: nn.Module, src: Tensor, tgt: Tensor,
+    mask: Tensor | None = None, tgt_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What ``model(src, tgt, mask, tgt_mask)`` is called over there."""
+    return reference(
+        input_ids=src,
+        attention_mask=None if mask is None else mask.long(),
+        decoder_input_ids=tgt,
+        decoder_attention_mask=None if tgt_mask is None else tgt_mask.long(),
+    ).logits
+
+
+def gradients(ours: nn.Module, reference: nn.Module, src, mask, labels):
+    """Losses of both, and the gradients of both, by our names."""
+    loss = ours.loss(src, labels, mask)
+    theirs = reference(
+        input_ids=src,
+        attention_mask=None if mask is None else mask.long(),
+        labels=labels,
+    ).loss
+    for value, model in ((loss, ours), (theirs, reference)):
+        model.zero_grad()
+        value.backward()
+    found = dict(reference.named_parameters())
+    pairs = {
+        name: (weight.grad, found[reference_name(name)].grad)
+        for name, weight in ours.named_parameters()
+    }
+    return loss.detach(), theirs.detach(), pairs

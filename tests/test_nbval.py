@@ -1,6 +1,7 @@
 """``pytest --nbval`` on the chapters: it collects them, and it bites."""
 
 import json
+import re
 import shutil
 
 import nbformat
@@ -59,21 +60,24 @@ def book(ready, pytester, monkeypatch):
     return pytester
 
 
+def pytest_on(book, *arguments):
+    """Run pytest on the book; its outcomes, exit code and report."""
+    # Without this, pytest would load hypothesis anew each time: seconds.
+    quick = "-pno:hypothesispytest"
+    done = book.runpytest_inprocess(*arguments, "-ra", quick)
+    report = str(done.stdout) + str(done.stderr)
+    return done.parseoutcomes(), done.ret, report
+
+
 def nbval(book, *arguments):
-    """Run ``pytest --nbval``; its result, outcomes and report."""
-    lax = "--nbval-lax" in arguments
-    option = [] if lax else ["--nbval"]
-    done = book.runpytest_inprocess(*option, *arguments, "-pno:hypothesis")
-    return (
-        done.parseoutcomes(),
-        done.ret,
-        str(done.stdout) + str(done.stderr),
-    )
+    """Run ``pytest --nbval`` on the book."""
+    return pytest_on(book, "--nbval", *arguments)
 
 
-def run(book, *arguments):
-    """Run ``tools/run.py`` on the book."""
-    return run_book([f"--folder={book.path}/chapters", *arguments])
+def failed_cells(report):
+    """The cells that failed, by the summary at the report's end."""
+    pattern = r"FAILED chapters/(\d\d)_\w+.md::Cell (\d)"
+    return {(int(c), int(n)) for c, n in re.findall(pattern, report)}
 
 
 def replace(path, old, new):
@@ -88,73 +92,59 @@ def test_every_chapter_is_collected_by_itself(book):
     assert (counts, code) == ({"passed": 7}, 0), report
 
 
-def test_a_changed_output_fails(book):
-    replace(book.path / "tools/outputs/01_one.ipynb", '"1\\n"', '"2\\n"')
-    counts, code, report = nbval(book)
-    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
-    assert "Cell outputs differ" in report
-
-
-def test_a_changed_result_fails(book):
-    replace(book.path / "tools/outputs/01_one.ipynb", "'two'", "'three'")
-    assert nbval(book)[0] == {"failed": 1, "passed": 6}
+def test_each_change_fails_its_own_cell(book):
+    first = book.path / "chapters/01_one.md"
+    stored = book.path / "tools/outputs/01_one.ipynb"
+    replace(stored, '"1\\n"', '"2\\n"')  # what cell 2 prints
+    replace(stored, "'two'", "'three'")  # the result of cell 3
+    replace(first, "<Figure>", "<Picture>")  # the code of cell 4
+    counts, code, report = nbval(book, str(first))
+    assert (counts, code) == ({"failed": 3, "passed": 3}, 1), report
+    assert failed_cells(report) == {(1, 2), (1, 3), (1, 4)}
+    assert report.count("Cell outputs differ") == 2
+    assert "The cell has changed since its output was stored" in report
 
 
 def test_a_changed_package_fails(book):
     replace(book.path / "t5_book/one.py", "return 1", "return 2")
-    for option in ([], ["--nbval-reuse"]):
-        counts, _, report = nbval(book, *option, "chapters/02_two.md")
-        assert counts == {"failed": 1}, report
-
-
-def test_a_changed_cell_needs_its_output_stored_anew(book):
-    replace(
-        book.path / "chapters/01_one.md", "print('one')", "print('ONE')"
-    )
-    counts, code, report = nbval(book)
-    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
-    assert "The cell has changed since its output was stored" in report
+    counts, _, report = nbval(book, "--nbval-reuse", "chapters/02_two.md")
+    assert counts == {"failed": 1}, report
 
 
 def test_a_missing_stored_output_fails(book):
     (book.path / "tools/outputs/01_one.ipynb").unlink()
-    counts, code, report = nbval(book)
+    counts, code, report = nbval(book, "--nbval-reuse")
     assert (counts, code) == ({"passed": 1, "errors": 1}, 1), report
     assert "01_one.md has no stored outputs" in report
 
 
-def test_collecting_nothing_fails(book):
-    counts, code, report = nbval(book, "tests")
+@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["", "xdist"])
+def test_collecting_nothing_fails(book, workers):
+    counts, code, report = nbval(book, "tests", *workers)
     assert code != 0 and "no chapter was collected" in report
 
 
 def test_without_the_option_chapters_are_no_tests(book):
-    done = book.runpytest_inprocess("chapters")
-    assert done.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    code = pytest_on(book, "chapters")[1]
+    assert code == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def test_one_chapter_by_its_path(book):
-    assert nbval(book, "chapters/02_two.md")[:2] == ({"passed": 1}, 0)
+    one = nbval(book, "--nbval-reuse", "chapters/02_two.md")
+    assert one[:2] == ({"passed": 1}, 0)
 
 
 def test_lax_runs_the_cells_and_compares_nothing(book):
     replace(book.path / "tools/outputs/01_one.ipynb", '"1\\n"', '"2\\n"')
     (book.path / "tools/outputs/02_two.ipynb").unlink()
-    assert nbval(book, "--nbval-lax")[:2] == ({"passed": 7}, 0)
-    replace(
-        book.path / "chapters/02_two.md", "print(one())", "print(two())"
-    )
-    counts, code, report = nbval(book, "--nbval-lax")
-    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
-
-
-def test_a_cell_that_must_raise_must_raise(book):
-    replace(
-        book.path / "chapters/01_one.md", "raise ValueError", "ValueError"
-    )
-    counts, _, report = nbval(book, "--nbval-lax")
-    assert counts == {"failed": 1, "passed": 6}
+    first, second = "chapters/01_one.md", "chapters/02_two.md"
+    replace(book.path / first, "raise ValueError", "ValueError")
+    replace(book.path / second, "print(one())", "print(two())")
+    counts, code, report = pytest_on(book, "--nbval-lax")
+    assert (counts, code) == ({"failed": 2, "passed": 5}, 1), report
+    assert failed_cells(report) == {(1, 5), (2, 0)}
     assert "must raise an error, and did not" in report
+    assert "name 'two' is not defined" in report
 
 
 def test_a_run_is_used_again_and_still_compared(book):
@@ -163,30 +153,13 @@ def test_a_run_is_used_again_and_still_compared(book):
     assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
 
 
-# --- The runner -----------------------------------------------------------
-
-
-def test_chapters_run_again_only_if_something_changed(book, capsys):
-    assert run(book) == 0
-    assert capsys.readouterr().out.count("unchanged") == 2
-    replace(book.path / "t5_book/one.py", "return 1", "return 3")
-    assert run(book) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "unchanged" in lines[0] and "unchanged" not in lines[1]
-
-
-def test_a_failing_cell_is_shown(book, capsys):
-    replace(book.path / "chapters/02_two.md", "one())", "two())")
-    assert run(book, "02_two") == 1
-    out, error = capsys.readouterr()
-    assert "[ 2/2] 02_two                 failed" in out
-    assert "run: 02_two.md:17: cell 1\n" in error
-    assert "NameError: name 'two' is not defined" in error
-
-
-def test_an_unknown_chapter_is_an_error(book, capsys):
-    assert run(book, "03_three") == 1
-    assert capsys.readouterr().err == "run: no chapter is called 03_three\n"
+def test_several_workers_share_the_chapters(book):
+    """As ``make test`` does: each chapter's cells stay together."""
+    replace(book.path / "tools/outputs/02_two.ipynb", '"1\\n"', '"2\\n"')
+    several = "--nbval-reuse", "-n2", "--dist=loadfile"
+    counts, code, report = nbval(book, *several)
+    assert (counts, code) == ({"failed": 1, "passed": 6}, 1), report
+    assert failed_cells(report) == {(2, 0)}
 
 
 def test_stored_outputs_are_text_alone(book):

@@ -1,10 +1,12 @@
 """Chapter 17: Adafactor, Muon, parameter groups, and the schedule."""
 
+import numpy as np
 import pytest
 import torch
 from test_training import small_t5
 
 from t5_book.optimizers import (
+    Adafactor,
     Muon,
     adafactor,
     linear_schedule,
@@ -13,18 +15,197 @@ from t5_book.optimizers import (
 )
 from t5_book.relative_position import RelativePositionBias
 
+# --- Adafactor ------------------------------------------------------------
 
-def test_adafactor_steps_by_the_papers_schedule():
+
+class Reference:
+    """Adafactor as t5x computes it, for one array, in float64.
+
+    ``t5x/adafactor.py``, ``apply_param_gradient``: its heuristic factors an
+    array with two sides of at least 128 over the two largest.
+    """
+
+    def __init__(self, start):
+        self.p = start.double().numpy().copy()
+        self.step, self.row, self.column, self.v = 0, 0.0, 0.0, 0.0
+
+    def update(self, gradient, rate):
+        gradient = gradient.double().numpy()
+        decay = 1 - (self.step + 1.0) ** -0.8
+        squared = gradient**2 + 1e-30
+        sides = sorted(self.p.shape)
+        if len(sides) > 1 and sides[-2] >= 128:
+            small, large = np.argsort(self.p.shape)[-2:]
+            mean = squared.mean(axis=large, keepdims=True)
+            self.row = decay * self.row + (1 - decay) * mean
+            mean = squared.mean(axis=small, keepdims=True)
+            self.column = decay * self.column + (1 - decay) * mean
+            row = (self.row / self.row.mean()) ** -0.5
+            y = gradient * row * self.column**-0.5
+        else:
+            self.v = decay * self.v + (1 - decay) * squared
+            y = gradient * self.v**-0.5
+        y /= max(1.0, np.sqrt(np.mean(y**2)) / 1.0)
+        scale = max(1e-3, np.sqrt(np.mean(self.p**2)))
+        self.p = self.p - rate * scale * y
+        self.step += 1
+
+
+# Sides of 128 and more, one below, both below; weights of size 1, as
+# embeddings, and so small that the step has its least size; vectors.
+ARRAYS = {
+    "tall": ((300, 128), 0.05),
+    "wide": ((129, 200), 1.0),
+    "square": ((128, 128), 1e-5),
+    "short side": ((127, 400), 0.05),
+    "table": ((32, 8), 0.2),
+    "embedding": ((500, 130), 1.0),
+    "gains": ((64,), 1.0),
+    "long vector": ((300,), 1e-4),
+    "stack": ((3, 130, 140), 0.1),
+}
+
+
+def random_gradients(shape, steps=20):
+    """Gradients whose size, rows and columns differ by much."""
+    for step in range(steps):
+        gradient = torch.randn(shape, dtype=torch.float64)
+        for axis, side in enumerate(shape):
+            sizes = torch.logspace(-2, 1, side, dtype=torch.float64)
+            sizes = sizes[torch.randperm(side)]
+            gradient *= sizes.unflatten(0, [-1] + [1] * (len(shape) - axis - 1))
+        gradient[0] = 0  # a token that does not occur
+        yield gradient * 10.0 ** (step % 5 - 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [n for n in ARRAYS if n != "stack"])
+@pytest.mark.parametrize("warmup", [None, 4])
+def test_adafactor_takes_the_steps_of_t5x(name, dtype, warmup):
+    torch.manual_seed(0)
+    shape, size = ARRAYS[name]
+    start = size * torch.randn(shape, dtype=dtype)
+    reference, p = Reference(start), torch.nn.Parameter(start.clone())
+    lr = 1e-3 if warmup is None else 0.7
+    optimizer = Adafactor([p], lr=lr, warmup=warmup)
+    for n, gradient in enumerate(random_gradients(shape)):
+        p.grad = gradient.to(dtype)
+        optimizer.step()
+        rate = lr if warmup is None else lr * max(n, warmup) ** -0.5
+        reference.update(p.grad, rate)
+        error = np.abs(p.detach().double().numpy() - reference.p).max()
+        moved = np.abs(reference.p - start.numpy()).max()
+        digits = torch.finfo(dtype).eps
+        rounding = digits * np.abs(reference.p).max() * (n + 1)
+        assert moved > 100 * rounding
+        assert error <= rounding + 100 * digits * moved, n + 1
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("tall", {"rows": 300, "columns": 128}),
+        ("short side", {"squares": 127 * 400}),
+        ("gains", {"squares": 64}),
+        ("stack", {"squares": 3 * 130 * 140}),
+    ],
+)
+def test_adafactor_factors_matrices_with_two_long_sides(name, kept):
+    p = torch.nn.Parameter(torch.randn(ARRAYS[name][0]))
+    p.grad, optimizer = torch.randn_like(p), Adafactor([p])
+    optimizer.step()
+    state = dict(optimizer.state[p])
+    assert state.pop("step") == 1
+    assert {name: state[name].numel() for name in state} == kept
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (300, 150), (40,)])
+def test_adafactor_agrees_with_torch_where_it_should(shape):
+    """Where torch's factors what t5x factors, and its other epsilons (it
+    clips squares at 1e-14 and adds nothing) are too small to matter."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = (
+        Adafactor([ours], lr=0.05),
+        torch.optim.Adafactor([theirs], lr=0.05),
+    )
+    for _ in range(20):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (theirs - start).abs().max()
+    assert (ours - theirs).abs().max() < 1e-5 * moved
+
+
+def test_adafactor_does_not_divide_by_zero():
+    """Rows and columns, then everything, without a gradient."""
+    p = torch.nn.Parameter(torch.ones(200, 130))
+    optimizer = Adafactor([p], lr=0.1)
+    p.grad = torch.ones(200, 130)
+    p.grad[7] = p.grad[:, 9] = 0
+    optimizer.step()
+    assert (p[7] == 1).all() and (p[:, 9] == 1).all() and (p < 1).any()
+    assert p.isfinite().all()
+    p.grad, before = torch.zeros_like(p), p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("warmup", [4, None])
+def test_adafactor_steps_by_the_papers_schedules(warmup):
     layer = torch.nn.Linear(4, 3, bias=False)
     torch.nn.init.ones_(layer.weight)
-    [optimizer] = adafactor(layer, warmup=4)
-    for t in range(1, 12):
+    [optimizer] = adafactor(layer, warmup=warmup)
+    for n in range(12):
         before = layer.weight.detach().clone()
         layer.weight.grad = torch.ones(3, 4)
         optimizer.step()
-        step = (before - layer.weight) / before
-        expected = torch.full((3, 4), max(t, 4) ** -0.5)
-        torch.testing.assert_close(step.detach(), expected, atol=1e-4, rtol=0)
+        step = ((before - layer.weight) / before).detach()
+        rate = 1e-3 if warmup is None else max(n, 4) ** -0.5
+        torch.testing.assert_close(
+            step, torch.full((3, 4), rate), atol=1e-6, rtol=1e-4
+        )
+
+
+def test_the_rate_before_the_ten_thousandth_step_is_one_percent():
+    [optimizer] = adafactor(torch.nn.Linear(2, 2))
+    [group] = optimizer.param_groups
+    assert group["lr"] * group["warmup"] ** -0.5 == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adafactor_goes_on_exactly_from_its_saved_state(tmp_path, dtype):
+    torch.manual_seed(0)
+    starts = [torch.randn(130, 140), torch.randn(5, 140), torch.randn(140)]
+    grads = [[torch.randn_like(p) for p in starts] for _ in range(6)]
+
+    def train(params, optimizer, grads):
+        for step in grads:
+            for p, grad in zip(params, step):
+                p.grad = grad.to(dtype)
+            optimizer.step()
+
+    straight = [torch.nn.Parameter(p.to(dtype)) for p in starts]
+    optimizer = Adafactor(straight, lr=0.3, warmup=2)
+    train(straight, optimizer, grads[:3])
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in straight]
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    train(straight, optimizer, grads[3:])
+    other = Adafactor(resumed)
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    train(resumed, other, grads[3:])
+    for a, b in zip(straight, resumed):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("warmup", [0, -3])
+def test_a_warmup_of_no_steps_is_an_error(warmup):
+    with pytest.raises(ValueError, match=f"warmup is {warmup}; pass 1"):
+        adafactor(torch.nn.Linear(2, 2), warmup=warmup)
+
+
+# --- Groups, Muon, the short schedule -------------------------------------
 
 
 def test_every_weight_is_trained_once_and_tables_apart():

@@ -1,5 +1,6 @@
 """The site builds without a warning, works offline, and can be read aloud."""
 
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,7 @@ class Page(HTMLParser):
         self.tags = []
         self.text = text
         self.feed(text)
+        self.ids = {part.get("id") for _, part in self.tags}
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, {k: v or "" for k, v in attrs}))
@@ -78,6 +80,27 @@ def test_nothing_is_loaded_from_elsewhere(pages):
             assert "//" not in where, f"{name} loads {where}"
         scripts = re.findall(r"<script.*?</script>", page.text, re.DOTALL)
         assert not re.search(r"https?://", "".join(scripts)), name
+
+
+def test_every_link_within_the_site_lands(pages):
+    """On a page that exists and, after a ``#``, on a place in it."""
+    for name, page in pages.items():
+        for link in page.all("a"):
+            path, _, anchor = link.get("href", "").partition("#")
+            if ":" in path or not (path.endswith(".html") or anchor):
+                continue
+            goal = os.path.normpath(Path(name).parent / path)
+            goal = pages[goal if path else name]
+            assert not anchor or anchor in goal.ids, f"{name}: {link}"
+
+
+def test_the_page_paper_and_code_links_to_paragraphs(pages):
+    page = pages["chapters/paper_and_code.html"]
+    links = re.findall(r'href="(\d\w+).html#([^"]+)"', page.text)
+    assert len(links) > 50
+    for chapter, label in links:
+        text = pages[f"chapters/{chapter}.html"].text
+        assert f'<p id="{label}">' in text, f"{chapter}: {label}"
 
 
 def test_formulas_need_no_network(pages):

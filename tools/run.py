@@ -3,19 +3,28 @@
     python tools/run.py                 run every chapter that has changed
     python tools/run.py 6 07_relative_position     run these chapters
     python tools/run.py --store         also store text outputs, for tests
+    python tools/run.py --jobs 1        one chapter at a time
 
 A chapter runs again only if its code, an earlier module, a file beside it
 or a pinned package changed. The site shows the outputs that are kept here.
+
+Chapters run side by side, one a core. The last one trains with several
+threads, so it waits for the others and has the machine to itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
 import re
+import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
@@ -32,24 +41,30 @@ from runs import (
 from source import CHAPTERS, BookError, Chapter, read_chapters
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+MOST_JOBS = 4  # by default; a chapter may need half a gigabyte
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit code."""
     options = parse_arguments(arguments)
+    # With several threads in each of several chapters, all become slow.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
     try:
         chapters = read_chapters(options.folder)
         drop_orphans(chapters)
-        for chapter in choose(chapters, options.chapters):
-            notebook = run_or_find(chapter, chapters[-1].number, options.again)
-            if options.store and store_outputs(chapter.path, notebook):
-                print(f"        stored the outputs of {chapter.path.stem}")
+        chosen = choose(chapters, options.chapters)
+        failures = run_sync(run_all)(chosen, chapters[-1], options)
     except BookError as error:
-        print(f"run: {error}", file=sys.stderr)
-        return 1
-    print(f"All chapters ran ({time.perf_counter() - started:.0f} s).")
-    return 0
+        failures = [str(error)]
+    except KeyboardInterrupt:
+        failures = ["stopped; the runs that had ended are kept"]
+    for text in failures:
+        print(f"run: {text}", file=sys.stderr)
+    if not failures:
+        seconds = time.perf_counter() - started
+        print(f"All chapters ran ({seconds:.0f} s).")
+    return int(bool(failures))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,12 +72,25 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Run the chapters and keep what they put out."
     )
+    jobs = min(usable_cores(), MOST_JOBS)
     add = parser.add_argument
     add("chapters", nargs="*", help="number or name; default: all")
     add("--store", action="store_true", help="store text outputs for tests")
     add("--again", action="store_true", help="run unchanged chapters, too")
+    side = f"chapters side by side; default: one a core, here {jobs}"
+    add("--jobs", type=int, default=jobs, metavar="N", help=side)
     add("--folder", type=Path, default=CHAPTERS, help="default: chapters/")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; pass 1 or more")
+    return options
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose(chapters: list[Chapter], wanted: list[str]) -> list[Chapter]:
@@ -90,34 +118,90 @@ def drop_orphans(chapters: list[Chapter]) -> None:
     drop_runs(cache, lambda uri: uri not in known)
 
 
-def run_or_find(chapter: Chapter, last: int, again: bool) -> NotebookNode:
-    """The chapter with its outputs, from its last run where that counts."""
-    line = f"[{chapter.number:2}/{last}] {chapter.path.stem:22}"
-    print(line, end=" ", flush=True)
-    notebook = None if again else find_run(chapter)
-    if notebook is not None:
-        print("unchanged")
-        return notebook
-    started = time.perf_counter()
-    notebook = execute(chapter, line)
-    seconds = time.perf_counter() - started
-    keep_run(chapter, notebook, seconds)
-    print(f"{seconds:6.1f} s")
-    return notebook
+class Progress:
+    """Show how far the chapters are.
+
+    A line for each that ends and, on a terminal, one below them for those
+    that run.
+    """
+
+    def __init__(self, last: int):
+        self.last = last
+        self.running: dict[str, str] = {}
+
+    def show(self, name: str, done: str) -> None:
+        """Say how much of a running chapter is done."""
+        self.running[name] = done
+        if sys.stdout.isatty():
+            texts = [
+                f"{name} {done}" for name, done in self.running.items()
+            ]
+            print(f"\r\x1b[K{', '.join(texts)}", end="", flush=True)
+
+    def end(self, chapter: Chapter, result: str) -> None:
+        """Say how a chapter ended."""
+        self.running.pop(chapter.path.stem, None)
+        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+        line = f"[{chapter.number:2}/{self.last}] {chapter.path.stem:22}"
+        print(f"{clear}{line} {result}", flush=True)
 
 
-def execute(chapter: Chapter, line: str) -> NotebookNode:
+async def run_all(
+    chapters: list[Chapter], last: Chapter, options: argparse.Namespace
+) -> list[str]:
+    """Run chapters side by side, the book's last one alone.
+
+    Everything but the kernels is in this one thread, so that two chapters
+    never write to the cache at once. A failure stops no other chapter.
+
+    Returns:
+        What went wrong, a text for each chapter that failed.
+    """
+    progress = Progress(last.number)
+    free = asyncio.Semaphore(options.jobs)
+    results = await asyncio.gather(
+        *(run(c, free, progress, options) for c in chapters if c != last)
+    )
+    if last in chapters:
+        results.append(await run(last, free, progress, options))
+    return [text for text in results if text]
+
+
+async def run(
+    chapter: Chapter,
+    free: asyncio.Semaphore,
+    progress: Progress,
+    options: argparse.Namespace,
+) -> str:
+    """Run a chapter unless its last run counts; return what went wrong."""
+    notebook = None if options.again else find_run(chapter)
+    result = "unchanged"
+    if notebook is None:
+        async with free:
+            started = time.perf_counter()
+            try:
+                notebook = await execute(chapter, progress)
+            except BookError as error:
+                progress.end(chapter, "failed")
+                return str(error)
+            seconds = time.perf_counter() - started
+        keep_run(chapter, notebook, seconds)
+        result = f"{seconds:6.1f} s"
+    if options.store and store_outputs(chapter.path, notebook):
+        result += ", new outputs stored"
+    progress.end(chapter, result)
+    return ""
+
+
+async def execute(chapter: Chapter, progress: Progress) -> NotebookNode:
     """Run a chapter in a fresh kernel, in its own folder."""
     notebook = read_notebook(chapter.path)
     count = len(code_of(notebook))
-    done = 0
+    cells = iter(range(1, count + 1))
 
-    def report(cell, cell_index, **_):
-        nonlocal done
-        done += cell.cell_type == "code"
-        if sys.stdout.isatty():
-            print(f"\r{line} cell {done}/{count}", end="\r", flush=True)
-            print(line, end=" ", flush=True)
+    def report(cell, **_):
+        if cell.cell_type == "code":
+            progress.show(chapter.path.stem, f"{next(cells)}/{count}")
 
     client = NotebookClient(
         notebook,
@@ -126,13 +210,21 @@ def execute(chapter: Chapter, line: str) -> NotebookNode:
         record_timing=False,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(chapter.path.parent)}},
+        on_notebook_start=let_control_c_stop_all,
         on_cell_start=report,
     )
     try:
-        return client.execute()
+        return await client.async_execute()
     except (CellExecutionError, DeadKernelError) as error:
-        print("failed")
         raise BookError(failure(chapter, notebook, error)) from None
+
+
+def let_control_c_stop_all(notebook: NotebookNode) -> None:
+    """Undo nbclient's way with signals, which stops one kernel only."""
+    loop = asyncio.get_running_loop()
+    with suppress(RuntimeError):  # there is none on Windows
+        loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def failure(chapter: Chapter, notebook: NotebookNode, error) -> str:

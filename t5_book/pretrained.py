@@ -1,0 +1,250 @@
+"""Released weights in and out, in the files that transformers uses.
+
+Built in chapter 15, "Load the released T5" (chapters/15_pretrained.md).
+Edit the chapter, not this file.
+"""
+
+import json
+import zipfile
+from functools import partial, reduce
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from t5_book.byte_tokenizer import find_release
+from t5_book.t5 import T5, T5Config
+
+__all__ = ["load_pretrained", "released_name", "save_pretrained"]
+
+_TABLE, _HEAD = "shared.weight", "lm_head.weight"
+_COPIES = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+_BIAS = "relative_attention_bias.weight"
+_PLACES = {
+    "attention_norm": "0.layer_norm",
+    "attention": "0.SelfAttention",
+    "self_norm": "0.layer_norm",
+    "self_attention": "0.SelfAttention",
+    "cross_norm": "1.layer_norm",
+    "cross_attention": "1.EncDecAttention",
+    "feed_forward_norm": "{last}.layer_norm",
+    "feed_forward": "{last}.DenseReluDense",
+}
+
+
+def released_name(name: str) -> str:
+    """Translate the name of a parameter of ours to the released files'.
+
+    Built in chapter 15, "Load the released T5" (transformers,
+    ``modeling_t5.py``).
+    """
+    stack, part, *rest = name.split(".")
+    if stack in ("enc_emb", "head"):
+        return _TABLE if stack == "enc_emb" else _HEAD
+    if part == "norm":
+        return f"{stack}.final_layer_norm.weight"
+    if part == "biases":
+        return f"{stack}.block.{rest[0]}.layer.0.SelfAttention.{_BIAS}"
+    block, place, *weight = rest
+    layer = _PLACES[place].format(last=1 if stack == "encoder" else 2)
+    return ".".join([stack, "block", block, "layer", layer, *weight])
+
+
+_SIZES = {"num_tokens": "vocab_size", "heads": "num_heads",
+          "dim_head": "d_kv", "mlp_mult": "d_ff"}
+_ENTRIES = {
+    "dim": "d_model",
+    "enc_depth": "num_layers",
+    "dec_depth": "num_decoder_layers",
+    "feed_forward": "feed_forward_proj",
+    "dropout": "dropout_rate",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "pad_id": "pad_token_id",
+    "eos_id": "eos_token_id",
+    "start_id": "decoder_start_token_id",
+    "scale_logits": "scale_decoder_outputs",
+} | {f"{side}_{o}": t for side in ("enc", "dec") for o, t in _SIZES.items()}
+
+
+def _keywords(values: dict) -> dict:
+    """Translate a ``config.json`` to keywords of ``T5``, but for tying."""
+    values = {name: v for name, v in values.items() if v is not None}
+    kind, eps = values.get("model_type"), values.get("layer_norm_epsilon")
+    if kind not in ("t5", "mt5", "umt5") or eps not in (1e-6, None):
+        raise ValueError(
+            f"config.json has model_type {kind!r}, layer_norm_epsilon {eps}"
+            "; this book loads 't5', 'mt5' and 'umt5' with 1e-06"
+        )
+    values = {
+        "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu",
+        "dropout_rate": 0.1,
+        "num_decoder_layers": values["num_layers"],
+        "decoder_start_token_id": values.get("pad_token_id", 0),
+    } | values
+    config = {o: values[t] for o, t in _ENTRIES.items() if t in values}
+    for ours in ("enc_mlp_mult", "dec_mlp_mult"):
+        config[ours] = values["d_ff"] / values["d_model"]
+    return config | {"bias_per_layer": kind == "umt5"}
+
+
+def _open(file: Path) -> dict:
+    """For each tensor in a file, the function that reads it."""
+    try:
+        if file.suffix == ".safetensors":
+            held = safe_open(file, "pt", backend="pread")
+            return {n: partial(held.get_tensor, n) for n in held.keys()}
+        mapped = zipfile.is_zipfile(file)  # before 2020 they were none
+        held = torch.load(file, "cpu", weights_only=True, mmap=mapped)
+        return {name: tensor.clone for name, tensor in held.items()}
+    except OSError:
+        raise
+    except Exception as error:  # damaged files break in many ways
+        hint = f"nothing in it was run ({type(error).__name__})"
+        message = f"{file} is damaged, or holds more than tensors; {hint}"
+        raise ValueError(message) from None
+
+
+def _add(weights: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Keep a tensor, unless it is a copy of the embedding table."""
+    family = (_TABLE, *_COPIES, _HEAD)
+    for other in family if name in family else ():
+        if other in weights and torch.equal(weights[other], tensor):
+            first = min(name, other, key=family.index)
+            weights[first] = weights.pop(other)
+            return
+    if not name.endswith(f"EncDecAttention.{_BIAS}"):  # nothing reads it
+        weights[name] = tensor
+
+
+def _read(files: list[Path], dtype, device) -> dict[str, Tensor]:
+    """Read tensor by tensor, each converted before the next is read."""
+    weights = {}
+    for file in files:
+        readers = _open(file).items()
+        for name, read in tqdm(readers, file.name, unit="tensor", delay=2):
+            tensor = read()
+            if not tensor.is_floating_point() or tensor.itemsize < 2:
+                raise ValueError(f"{name} is {tensor.dtype}, no wide float")
+            _add(weights, name, tensor.to(device, dtype))
+    for name in _COPIES:
+        if name in weights and _TABLE not in weights:
+            weights[_TABLE] = weights.pop(name)
+    kinds = {w.dtype for w in weights.values()} or {dtype}
+    kind = reduce(torch.promote_types, kinds)
+    return {name: weight.to(kind) for name, weight in weights.items()}
+
+
+def _check(found: dict, wanted: dict, folder: Path) -> None:
+    """Name all tensors that are missing, surplus or misshapen."""
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is surplus" for name in found if name not in wanted]
+    for name in [name for name in wanted if name in found]:
+        shape, right = tuple(found[name].shape), tuple(wanted[name].shape)
+        if shape != right:
+            wrong.append(f"{name} has shape {shape}, not {right}")
+    if wrong:
+        shown = "\n".join(wrong[:20] + ["..."] * (len(wrong) > 20))
+        where = f"{len(wrong)} tensors in {folder} do not fit config.json"
+        raise ValueError(f"{where}:\n{shown}")
+
+
+def _find_weights(name_or_path: str | Path) -> list[Path]:
+    """The files with the weights, safetensors if there are any."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        names = whole, f"{whole}.index.json", whole.replace(".", "-*.")
+        path = find_release(name_or_path, "config.json", *names)
+        found = [path, *(path / name for name in names)]
+        if found := [file for file in found if file.is_file()]:
+            break
+    else:
+        raise FileNotFoundError(f"{path} has no {whole} or the like")
+    if found[0].suffix != ".json":
+        return found[:1]
+    index = json.loads(found[0].read_text("utf-8"))["weight_map"]
+    return [found[0].with_name(name) for name in sorted({*index.values()})]
+
+
+def load_pretrained(
+    name_or_path: str | Path, *, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None, kind: type[T5] = T5,
+) -> T5:
+    """Load a released T5, or one that ``save_pretrained`` wrote.
+
+    ``name_or_path`` is a folder, a file with ``config.json`` beside it, or
+    a name on the hub. ``dtype`` (default: the files') and ``device`` are
+    those of the weights; ``kind`` is ``T5`` or a class derived from it.
+
+    Returns the model, in evaluation mode. Raises ValueError if the files
+    are damaged, no T5's, or do not fit together (the message names all
+    tensors that do not), and whatever ``find_release`` raises.
+
+    Built in chapter 15, "Load the released T5".
+    """
+    files = _find_weights(name_or_path)
+    path = files[0].with_name("config.json")
+    config = _keywords(json.loads(path.read_text("utf-8")))
+    weights = _read(files, dtype, device or torch.get_default_device())
+    blocks = {n.split(".")[2] for n in weights if n.endswith(_BIAS)}
+    if max(config["enc_depth"], config["dec_depth"]) > 1:
+        config["bias_per_layer"] = blocks > {"0"}
+    with torch.device("meta"):
+        model = kind(**config, tie_head=_HEAD not in weights)
+    names = {n: released_name(n) for n, _ in model.named_parameters()}
+    wanted = {names[n]: w for n, w in model.named_parameters()}
+    _check(weights, wanted, path.parent)
+    ours = {name: weights[theirs] for name, theirs in names.items()}
+    model.load_state_dict(ours, strict=False, assign=True)
+    if model.config.tie_head:
+        model.head.weight = model.dec_emb.weight
+    return model.eval()
+
+
+def _entries(config: T5Config) -> dict:
+    """The ``config.json`` of a model, or ValueError if there is none."""
+    own, values = dict(vars(config)), {}
+    wrong = [] if config.tie_token_emb else ["two embedding tables"]
+    for name in ("enc_mlp_mult", "dec_mlp_mult"):
+        own[name] = round(own[name] * config.dim)
+    for ours, theirs in _ENTRIES.items():
+        if values.setdefault(theirs, own[ours]) != own[ours]:
+            wrong.append(f"{theirs} {values[theirs]} and {own[ours]}")
+    if wrong:
+        raise ValueError(
+            f"transformers has no T5 with {', '.join(wrong)}; keep this "
+            "one as model.state_dict() and model.config.to_json()"
+        )
+    kind = "umt5" if config.bias_per_layer else "t5"
+    return values | {
+        "architectures": [f"{kind.upper()}ForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        "model_type": kind,
+        "tie_word_embeddings": config.tie_head,
+    }
+
+
+def save_pretrained(model: T5, folder: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` for transformers.
+
+    Raises ValueError, and writes nothing, if the two sides of ``model``
+    differ in more than depth: the format has no words for that.
+
+    Built in chapter 15, "Load the released T5".
+    """
+    entries, own = _entries(model.config), model.named_parameters()
+    weights = {released_name(n): w.detach().contiguous() for n, w in own}
+    entries["dtype"] = str(model.head.weight.dtype).removeprefix("torch.")
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = folder / "model.safetensors.part", folder / "config.json.part"
+    try:
+        save_file(weights, parts[0], metadata={"format": "pt"})
+        parts[1].write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
+        for part in parts:
+            part.replace(part.with_suffix(""))
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

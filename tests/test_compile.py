@@ -1,0 +1,179 @@
+"""``torch.compile`` of the model, and ``torch.export`` of its halves."""
+
+from io import BytesIO
+
+import pytest
+import torch
+from hugging_face import difference, padding_masks, random_ids
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+
+from t5_book.t5 import T5
+
+SIDE = dict(num_tokens=64, depth=1, heads=4, dim_head=8, mlp_mult=2)
+# Batch and lengths: some equal each other, and the heads, and the batch.
+SHAPES = [(2, 9, 5), (3, 40, 12), (4, 4, 4), (2, 7, 140), (5, 140, 5)]
+b, s, k = Dim("b"), Dim("s"), Dim("k")
+
+
+def small_t5(depth=1, **extra):
+    """A T5 that compiles in seconds, with biases that show."""
+    torch.manual_seed(0)
+    side = SIDE | {"depth": depth}
+    sides = {f"{n}_{k}": v for n in ("enc", "dec") for k, v in side.items()}
+    model = T5(dim=24, **sides, **extra).eval().requires_grad_(False)
+    for stack in (model.encoder, model.decoder):
+        for bias in stack.biases:
+            bias.table.weight.normal_()
+    return model
+
+
+def inputs(batch, s_len, t_len):
+    """Sources, targets, and a mask with padding on both sides."""
+    src = random_ids(batch, s_len, high=64)
+    return src, random_ids(batch, t_len, 1, 64), padding_masks(batch, s_len)
+
+
+@pytest.fixture(autouse=True)
+def compile_anew():
+    """Forget what was compiled before, and take floats as they are.
+
+    Otherwise ``dynamic=True`` makes a variable of every float, such as the
+    epsilon of a norm, to find out that it is none, and begins again: the
+    same graph in twice the time.
+    """
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(specialize_float=True):
+        yield
+    torch.compiler.reset()
+
+
+# --- torch.compile --------------------------------------------------------
+
+
+def test_one_graph_serves_every_length():
+    """All of ``torch.compile`` but the code that inductor writes."""
+    model = small_t5(feed_forward="gated-gelu", tie_head=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=counter
+    )
+    for shape in SHAPES:
+        batch = inputs(*shape)
+        assert difference(compiled(*batch), model(*batch)) <= 1e-6
+    assert counter.frame_count == 1
+
+
+def test_the_code_of_inductor_gives_the_same_numbers():
+    """For the encoder alone: it takes a compiler of C++ some time."""
+    model = small_t5()
+    encode = torch.compile(model.encode, fullgraph=True, dynamic=True)
+    for batch, s_len, _ in SHAPES:
+        src, _, mask = inputs(batch, s_len, 1)
+        assert difference(encode(src, mask), model.encode(src, mask)) <= 1e-5
+
+
+# --- torch.export ---------------------------------------------------------
+
+
+class Encode(nn.Module):
+    """The half of a T5 that reads, as a module of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, src, mask):
+        return self.model.encode(src, mask)
+
+
+class Step(nn.Module):
+    """One step of writing: tensors in, tensors out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, token, memory, mask, kept):
+        cache = self.model.decoder.new_cache()
+        for block, tensors in zip(cache, kept):
+            block.target, block.memory = tensors
+        logits = self.model.decode(token, memory, mask, cache=cache)
+        return logits, tensors_of(cache)
+
+
+def tensors_of(cache):
+    """What a cache holds: keys and values of target and of memory."""
+    return [(block.target, block.memory) for block in cache]
+
+
+def reloaded(program):
+    """A program after a round trip through a file, ready to be called."""
+    file = BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+def test_the_encoder_can_be_exported():
+    model = small_t5()
+    src, _, mask = inputs(3, 9, 1)
+    shapes = {0: b, 1: s}, {0: b, 1: s}
+    program = export(Encode(model), (src, mask), dynamic_shapes=shapes)
+    encode = reloaded(program)
+    for batch, s_len in [(3, 9), (4, 4), (1, 1), (2, 140), (7, 1)]:
+        src, _, mask = inputs(batch, s_len, 1) if batch > 1 else (
+            random_ids(1, s_len, high=64), None, torch.ones(1, s_len).bool()
+        )  # fmt: skip
+        assert difference(encode(src, mask), model.encode(src, mask)) <= 1e-6
+
+
+def first_step(model, src, mask):
+    """Encode, and write the first token; also the cache after it."""
+    memory, cache = model.encode(src, mask), model.decoder.new_cache()
+    start = torch.zeros_like(src[:, :1])
+    logits = model.decode(start, memory, mask, cache=cache)
+    return logits.argmax(dim=-1), memory, tensors_of(cache)
+
+
+@pytest.fixture(scope="module")
+def exported_step():
+    """A model of two blocks, and a step of its decoder as a program."""
+    model = small_t5(depth=2)
+    src, _, mask = inputs(3, 9, 1)
+    token, memory, kept = first_step(model, src, mask)
+    # Export takes a size of one for a fixed one: let two tokens be kept.
+    _, kept = Step(model)(token, memory, mask, kept)
+    ours, theirs = {0: b, 2: k}, {0: b, 2: s}
+    shapes = (
+        {0: b}, {0: b, 1: s}, {0: b, 1: s},
+        [((ours, ours), (theirs, theirs))] * 2,
+    )  # fmt: skip
+    arguments = token, memory, mask, kept
+    program = export(Step(model), arguments, dynamic_shapes=shapes)
+    return model, reloaded(program)
+
+
+@pytest.mark.parametrize(
+    "batch, s_len, steps", [(2, 40, 132), (3, 9, 4), (4, 4, 9)]
+)
+def test_a_step_of_the_decoder_can_be_exported(
+    exported_step, batch, s_len, steps
+):
+    """A loop around the program writes what ``generate`` writes."""
+    model, step = exported_step
+    src, _, mask = inputs(batch, s_len, 1)
+    token, memory, kept = first_step(model, src, mask)
+    written, eager = [token], kept
+    for _ in range(steps):
+        expected, eager = Step(model)(token, memory, mask, eager)
+        logits, kept = step(token, memory, mask, kept)
+        assert difference(logits, expected) <= 1e-6
+        token = logits.argmax(dim=-1)
+        written.append(token)
+    assert kept[1][0][0].shape == (batch, 4, steps + 1, 8)
+    wanted = model.generate(src, mask, max_new_tokens=steps + 1)
+    written = torch.cat(written, dim=1)[:, : wanted.shape[1]]
+    ended = (wanted == 1).cumsum(dim=1) - (wanted == 1).int() > 0
+    assert torch.equal(written.masked_fill(ended, 0), wanted)
