@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from t5_book.encoder import check_ids
 from t5_book.span_corruption import (
     Batch,
     corrupt_spans,
     pad_rows,
     random_spans_noise_mask,
 )
-from t5_book.t5 import check_ids
 
 __all__ = [
     "UL2",

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from t5_book.encoder import check_ids
 from t5_book.generation import evaluating
 from t5_book.objectives import PackedBatch, batch_logits
 from t5_book.span_corruption import Batch
-from t5_book.t5 import check_ids
 
 __all__ = ["Trainer", "cross_entropy", "evaluate"]
 
