@@ -29,10 +29,10 @@ __all__ = [
 
 
 class Beams(NamedTuple):
-    """Texts with their scores, ``k`` for each source.
+    """Texts with their scores, ``w`` for each source.
 
-    Inside the search: ids ``[b k n]`` and scores ``[b k]``. What
-    ``beam_search`` returns: ids ``[b * k n]`` and scores ``[b * k]``, in
+    Inside the search: ids ``[b w n]`` and scores ``[b w]``. What
+    ``beam_search`` returns: ids ``[b * w n]`` and scores ``[b * w]``, in
     nats, those of the first source first, each source's best first.
 
     Built in chapter 13, "Search for the best text".
@@ -52,21 +52,21 @@ def take_beams(beams: Beams, index: Tensor) -> Beams:
 
 
 def grow_beams(running: Beams, log_probs: Tensor) -> tuple[Beams, Tensor]:
-    """The ``2k`` best ways to go on with ``k`` beams, best first.
+    """The ``2w`` best ways to go on with ``w`` beams, best first.
 
     Args:
-        running: ids ``[b k n]`` and sums of log-probabilities ``[b k]``.
-        log_probs: of each next token, ``[b k tokens]``.
+        running: ids ``[b w n]`` and sums of log-probabilities ``[b w]``.
+        log_probs: of each next token, ``[b w tokens]``.
 
     Returns:
-        the beams, one token longer, ``[b 2k n+1]`` and ``[b 2k]``, and
-        the number of the beam that each goes on from, int64 ``[b 2k]``.
+        the beams, one token longer, ``[b 2w n+1]`` and ``[b 2w]``, and
+        the number of the beam that each goes on from, int64 ``[b 2w]``.
 
     Built in chapter 13, "Search for the best text".
     """
-    k, tokens = log_probs.shape[1:]
-    sums = running.scores[..., None] + log_probs  # [b k tokens]
-    scores, index = sums.flatten(1).topk(2 * k)  # [b 2k]
+    w, tokens = log_probs.shape[1:]
+    sums = running.scores[..., None] + log_probs  # [b w tokens]
+    scores, index = sums.flatten(1).topk(2 * w)  # [b 2w]
     origin, token = index // tokens, index % tokens
     ids = take_beams(running, origin).ids
     ids = torch.cat([ids, token[..., None]], dim=2)
@@ -76,25 +76,25 @@ def grow_beams(running: Beams, log_probs: Tensor) -> tuple[Beams, Tensor]:
 def keep_best(
     finished: Beams, grown: Beams, ended: Tensor, penalty: float, pad_id: int
 ) -> Beams:
-    """The ``k`` best of the texts finished before and those that end now.
+    """The ``w`` best of the texts finished before and those that end now.
 
     Args:
-        finished: ids ``[b k n]`` and scores ``[b k]``; minus infinity
+        finished: ids ``[b w n]`` and scores ``[b w]``; minus infinity
             where a place is still free.
-        grown: from ``grow_beams``, ``[b 2k n+1]`` and ``[b 2k]``.
-        ended: bool ``[b 2k]``, True where a text ends; of these, the ones
-            among the first ``k`` count.
+        grown: from ``grow_beams``, ``[b 2w n+1]`` and ``[b 2w]``.
+        ended: bool ``[b 2w]``, True where a text ends; of these, the ones
+            among the first ``w`` count.
         penalty: by what their sums are divided.
         pad_id: fills up the texts finished before.
 
     Built in chapter 13, "Search for the best text".
     """
-    k = finished.scores.shape[1]
+    w = finished.scores.shape[1]
     new = (grown.scores / penalty).masked_fill(~ended, -torch.inf)
-    scores = torch.cat([finished.scores, new[:, :k]], dim=1)  # [b 2k]
+    scores = torch.cat([finished.scores, new[:, :w]], dim=1)  # [b 2w]
     ids = F.pad(finished.ids, (0, 1), value=pad_id)
-    ids = torch.cat([ids, grown.ids[:, :k]], dim=1)  # [b 2k n+1]
-    return take_beams(Beams(ids, scores), scores.topk(k).indices)
+    ids = torch.cat([ids, grown.ids[:, :w]], dim=1)  # [b 2w n+1]
+    return take_beams(Beams(ids, scores), scores.topk(w).indices)
 
 
 def may_improve(
@@ -104,8 +104,8 @@ def may_improve(
     """Ask for each source whether to search on after ``n`` tokens.
 
     Args:
-        running: the beams, best first; sums ``[b k]``.
-        finished: the finished texts; scores ``[b k]``.
+        running: the beams, best first; sums ``[b w]``.
+        finished: the finished texts; scores ``[b w]``.
         n, max_new_tokens: length of the beams now and at most.
         length_penalty, early_stopping: as for ``beam_search``.
 
@@ -124,16 +124,16 @@ def may_improve(
 
 
 def _reorder(reader: TargetReader, origin: Tensor) -> None:
-    """Let each beam have the past of that which ``origin [b k]`` names."""
-    b, k = origin.shape
-    first = torch.arange(0, b * k, k, device=origin.device)[:, None]
+    """Let each beam have the past of that which ``origin [b w]`` names."""
+    b, w = origin.shape
+    first = torch.arange(0, b * w, w, device=origin.device)[:, None]
     for block in reader.cache or []:
         block.reorder((first + origin).flatten())
 
 
-def _first_beams(start: Tensor, k: int, pad_id: int) -> tuple[Beams, Beams]:
-    """``k`` running beams from ``start [b p]``, and no finished text."""
-    ids = start[:, None].repeat(1, k, 1)  # [b k p]
+def _first_beams(start: Tensor, w: int, pad_id: int) -> tuple[Beams, Beams]:
+    """``w`` running beams from ``start [b p]``, and no finished text."""
+    ids = start[:, None].repeat(1, w, 1)  # [b w p]
     none = ids.new_full(ids.shape[:2], -torch.inf, dtype=torch.float32)
     sums = none.clone()
     sums[:, 0] = 0
@@ -141,7 +141,7 @@ def _first_beams(start: Tensor, k: int, pad_id: int) -> tuple[Beams, Beams]:
 
 
 def _next_log_probs(reader, running: Beams, may_end: bool) -> Tensor:
-    """Log-probabilities of what follows each beam: ``[b k tokens]``."""
+    """Log-probabilities of what follows each beam: ``[b w tokens]``."""
     logits = reader.next_logits(running.ids.flatten(0, 1))
     log_probs = logits.log_softmax(dim=-1)
     if not may_end:
@@ -150,11 +150,11 @@ def _next_log_probs(reader, running: Beams, may_end: bool) -> Tensor:
 
 
 def _search(
-    reader, start, k, length_penalty, early_stopping, min_new, max_new
+    reader, start, w, length_penalty, early_stopping, min_new, max_new
 ) -> Beams:
-    """The loop of ``beam_search``: the ``k`` best texts of each source."""
+    """The loop of ``beam_search``: the ``w`` best texts of each source."""
     config = reader.model.config
-    running, finished = _first_beams(start, k, config.pad_id)
+    running, finished = _first_beams(start, w, config.pad_id)
     hope = torch.ones_like(start[:, 0], dtype=torch.bool)  # [b]
     for n in range(1, max_new + 1):
         log_probs = _next_log_probs(reader, running, n > min_new)
@@ -162,8 +162,8 @@ def _search(
         ended = (grown.ids[..., -1] == config.eos_id) | (n == max_new)
         new, penalty = ended & hope[:, None], n**length_penalty
         finished = keep_best(finished, grown, new, penalty, config.pad_id)
-        sums = grown.scores.masked_fill(ended, -torch.inf)  # [b 2k]
-        chosen = sums.topk(k).indices  # [b k]
+        sums = grown.scores.masked_fill(ended, -torch.inf)  # [b 2w]
+        chosen = sums.topk(w).indices  # [b w]
         running = take_beams(Beams(grown.ids, sums), chosen)
         hope = hope & may_improve(
             running, finished, n, max_new, length_penalty, early_stopping
@@ -216,14 +216,14 @@ def beam_search(
     Args:
         model, src, mask, max_new_tokens, min_new_tokens, prefix,
             use_cache: as for ``t5_book.generate``.
-        num_beams: number of beginnings ``k`` that are followed.
+        num_beams: number of beginnings ``w`` that are followed.
         length_penalty: a text of ``n`` tokens, eos included and prefix
             not, has the score ``sum / n**length_penalty``, where ``sum``
             is its log-probability. Default 1: the mean of a token.
-        early_stopping: True stops when ``k`` texts are finished; False
+        early_stopping: True stops when ``w`` texts are finished; False
             (default) when the best beam could not join them if it ended
             now; "never" when it could not at any length.
-        num_return_sequences: number of texts for each source, 1 to ``k``.
+        num_return_sequences: number of texts for each source, 1 to ``w``.
 
     Returns:
         ``Beams``: ids ``[b * num_return_sequences n]`` as ``generate``

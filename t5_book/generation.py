@@ -82,7 +82,7 @@ def filter_logits(
     """
     logits = logits / temperature
     if top_k is not None:
-        best = logits.topk(min(top_k, logits.shape[-1])).values  # [b k]
+        best = logits.topk(min(top_k, logits.shape[-1])).values  # [b top_k]
         logits = logits.masked_fill(logits < best[:, -1:], -torch.inf)
     if top_p is not None:
         ordered, order = logits.sort(dim=-1)  # the least likely first

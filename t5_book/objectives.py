@@ -203,8 +203,7 @@ def pack(
                 )
             i = next(i for i, f in enumerate(free) if (sizes <= f).all())
             if not rows[i]:
-                rows.append([])
-                free.append(room)
+                rows, free = rows + [[]], free + [room]
             rows[i].append(parts)
             free[i] = free[i] - sizes
     if not rows[0]:

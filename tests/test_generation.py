@@ -1,146 +1,246 @@
-"""Greedy generation (chapter 12) against ``transformers``."""
+"""Greedy and sampled generation (chapter 12) against ``transformers``."""
+
+from io import StringIO
 
 import pytest
 import torch
-from hugging_face import SIZES, difference, padding_masks
-from test_t5 import TINY, ids, make_all
+from hugging_face import difference
 from torch import nn
+from transformers import TextStreamer
+from transformers.generation import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from writers import (
+    FAMILIES,
+    VOCAB,
+    choose_eos,
+    cut,
+    make_ending_writers,
+    sources,
+    with_ids,
+    write_slowly,
+    write_with_reference,
+)
 
-from t5_book.generation import evaluating, generate
+from t5_book.generation import (
+    TargetReader,
+    WordStreamer,
+    evaluating,
+    filter_logits,
+    first_target,
+    generate,
+)
 from t5_book.t5 import T5
+from t5_book.tokenizer import Tokenizer
+
+TINY = dict(
+    dim=16, enc_num_tokens=32, enc_depth=1, enc_heads=2, enc_dim_head=4,
+    enc_mlp_mult=2, dec_num_tokens=32, dec_depth=1, dec_heads=2,
+    dec_dim_head=4, dec_mlp_mult=2,
+)  # fmt: skip
+KNOBS = [
+    {},
+    {"temperature": 1.7},
+    {"top_k": 3},
+    {"top_p": 0.7},
+    {"temperature": 1.4, "top_k": 12, "top_p": 0.8},
+]
+PREFIX = torch.randint(
+    2, VOCAB, (5, 4), generator=torch.Generator().manual_seed(3)
+)
 
 
-@pytest.fixture(scope="module", params=["v1.0", "v1.1", "umt5"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):
     """Our T5 and the reference with the same weights."""
-    return make_writers(request.param)
+    return make_ending_writers(request.param)
 
 
-def make_writers(kind):
-    """A pair whose texts vary.
-
-    A fresh tied T5 repeats what it has read: its stream still holds the
-    embedding. Smaller embeddings give the other layers a say.
-    """
-    ours, reference = make_all(kind)
-    if ours.config.tie_head:
-        ours.enc_emb.weight.data *= 0.03
-        reference.shared.weight.data = ours.enc_emb.weight.data
-    return ours, reference
+@pytest.fixture(scope="module")
+def model():
+    """A T5 whose texts vary and end."""
+    return make_ending_writers("t5-v1_1")[0]
 
 
-def with_ids(model, **special):
-    """The same model, with other special tokens."""
-    config = vars(model.config) | special
-    other = T5(**config).eval()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def write_slowly(model, src, mask, steps):
-    """Greedy generation by the formula: no cache, no end."""
-    tgt = torch.full_like(src[:, :1], model.config.start_id)
-    with torch.no_grad():
-        for _ in range(steps):
-            logits = model(src, tgt, mask=mask)
-            tgt = torch.cat([tgt, logits[:, -1:].argmax(-1)], dim=1)
-    return tgt[:, 1:]
-
-
-def cut(rows, eos):
-    """Rows as lists, each up to its first eos."""
-    lists = rows.tolist()
-    return [r[: r.index(eos) + 1] if eos in r else r for r in lists]
-
-
-def choose_eos(written):
-    """A token that ends rows at as many different places as possible."""
-    lengths = {
-        eos: {len(row) for row in cut(written, eos)}
-        for eos in written[:, 1:].unique().tolist()
-    }
-    return max(lengths, key=lambda eos: len(lengths[eos]))
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("padded", [True, False])
-def test_agrees_token_for_token(pair, padded, seed):
+def assert_same(pair, *inputs, **options):
+    """Ours and the reference write the same; returns it."""
     ours, reference = pair
-    src = ids(5, 12, seed)
-    mask = padding_masks(5, 12) if padded else torch.ones(5, 12).bool()
-    eos = choose_eos(write_slowly(ours, src, mask, 30))
-    written = generate(
-        with_ids(ours, eos_id=eos), src, mask, max_new_tokens=30
-    )
-    theirs = reference.generate(
-        input_ids=src,
-        attention_mask=mask.long(),
-        max_new_tokens=30,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=eos,
-        pad_token_id=0,
-        decoder_start_token_id=0,
-    )[:, 1:]
-    assert len({len(row) for row in cut(written, eos)}) > 1
-    assert cut(written, eos) == cut(theirs, eos)
+    torch.manual_seed(5)
+    written = generate(ours, *inputs, **options)
+    torch.manual_seed(5)
+    theirs = write_with_reference(reference, ours, *inputs, **options)
+    assert written.dtype == torch.int64
+    assert written.tolist() == theirs.tolist()
+    return written
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_cached_equals_uncached_beyond_128_tokens(pair, masked):
-    model, _ = pair
-    src, tgt = ids(3, 20), ids(3, 150, 1)
-    mask = padding_masks(3, 20) if masked else None
+# --- Agreement with transformers ------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_greedy_agrees_token_for_token(family, seed):
+    pair = make_ending_writers(family, seed)
+    written = assert_same(pair, *sources(), max_new_tokens=14)
+    lengths = {len(row) for row in cut(written, pair[0].config.eos_id)}
+    assert len(lengths) > 1
+
+
+def test_greedy_agrees_without_a_mask(pair):
+    assert_same(pair, sources()[0], max_new_tokens=14)
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_draws_agree_token_for_token(pair, knobs):
+    options = dict(max_new_tokens=10, do_sample=True) | knobs
+    drawn = assert_same(pair, *sources(), **options)
+    assert not torch.equal(drawn, generate(pair[0], *sources()))
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(do_sample=True, top_k=2)])
+def test_the_least_length_agrees(pair, knobs):
+    options = dict(max_new_tokens=14) | knobs
+    torch.manual_seed(5)
+    free = generate(pair[0], *sources(), **options)
+    eos = pair[0].config.eos_id
+    assert min(map(len, cut(free, eos))) < 11
+    written = assert_same(pair, *sources(), min_new_tokens=11, **options)
+    assert min(map(len, cut(written, eos))) > 11
+
+
+@pytest.mark.parametrize("p, least", [(1, 5), (4, 0)])
+def test_a_prefix_agrees(pair, p, least):
+    prefix = PREFIX[:, :p]
+    options = dict(max_new_tokens=10, min_new_tokens=least, prefix=prefix)
+    written = assert_same(pair, *sources(), **options)
+    assert torch.equal(written[:, :p], prefix)
+    ends = map(len, cut(written, pair[0].config.eos_id, skip=p))
+    assert p + least < min(ends) <= p + 10
+
+
+def test_draws_after_a_prefix_agree(pair):
+    options = dict(do_sample=True, top_k=5, max_new_tokens=9)
+    assert_same(pair, *sources(), prefix=PREFIX, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("top_k", [None, 1, 7, 99])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
+def test_filters_agree(temperature, top_k, top_p):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(6, 40)
+    logits[1, 5:20] = 3.0  # ties
+    logits[2, :7] = -torch.inf
+    theirs = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k is not None:
+        theirs = TopKLogitsWarper(top_k)(None, theirs)
+    if top_p is not None:
+        theirs = TopPLogitsWarper(top_p)(None, theirs)
+    before = logits.clone()
+    ours = filter_logits(logits, temperature, top_k, top_p)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(logits, before)
+    assert ours.isfinite().any(dim=1).all()
+
+
+# --- The cache ------------------------------------------------------------
+
+
+def test_cached_equals_uncached_beyond_128_tokens(pair):
+    """In pieces of 1, 1, 1, 97 and 24 tokens, then token by token."""
+    src, mask = sources(3, 20)
+    tgt = sources(3, 150, seed=2)[0]
+    slow, fast = [
+        TargetReader(pair[0], src, mask, c) for c in (False, True)
+    ]
     with torch.no_grad():
-        memory, cache = model.encode(src, mask), model.decoder.new_cache()
-        whole = model.decode(tgt, memory, mask)
-        steps = [
-            model.decode(tgt[:, t : t + 1], memory, mask, cache=cache)
-            for t in range(150)
-        ]
-    assert difference(torch.cat(steps, dim=1), whole) <= 1e-5
+        for t in (1, 2, 3, 100, *range(124, 151)):
+            last = fast.next_logits(tgt[:, :t])
+            if t in (1, 100, 124, 127, 128, 129, 130, 150):
+                whole = slow.next_logits(tgt[:, :t])
+                assert difference(last, whole) <= 1e-4
 
 
-def test_pieces_of_any_length_equal_the_whole(pair):
-    model, _ = pair
-    src, tgt = ids(3, 20), ids(3, 150, 1)
-    with torch.no_grad():
-        memory, cache = model.encode(src), model.decoder.new_cache()
-        whole = model.decode(tgt, memory)
-        pieces = [
-            model.decode(piece, memory, cache=cache)
-            for piece in tgt.split([1, 100, 3, 46], dim=1)
-        ]
-    assert difference(torch.cat(pieces, dim=1), whole) <= 1e-5
+@pytest.mark.parametrize("sample", [False, True])
+def test_without_a_cache_it_writes_the_same(pair, sample):
+    ours = with_ids(pair[0], eos_id=VOCAB - 1)
+    written = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        options = dict(do_sample=sample, use_cache=use_cache)
+        options |= dict(prefix=sources(2, 120)[0], max_new_tokens=15)
+        written.append(generate(ours, *sources(2), **options))
+    assert written[0].shape[1] > 130
+    assert torch.equal(*written)
 
 
-def test_writes_what_the_formula_writes(pair):
-    src, mask = ids(4, 10), padding_masks(4, 10)
-    slow = write_slowly(pair[0], src, mask, 140)
-    model = with_ids(pair[0], eos_id=choose_eos(slow))
-    eos = model.config.eos_id
-    written = generate(model, src, mask, max_new_tokens=140)
+def test_writes_what_the_formula_writes(model):
+    src, mask = sources(4, 10)
+    slow = write_slowly(model, src, mask, 40)
+    other = with_ids(model, eos_id=choose_eos(slow))
+    eos = other.config.eos_id
+    written = generate(other, src, mask, max_new_tokens=40)
     assert cut(written, eos) == cut(slow, eos)
 
 
-def test_a_batch_writes_what_each_row_writes_alone(pair):
-    src, mask = ids(4, 10), padding_masks(4, 10)
-    slow = write_slowly(pair[0], src, mask, 25)
-    model = with_ids(pair[0], eos_id=choose_eos(slow))
-    eos = model.config.eos_id
+@pytest.mark.parametrize("p", [0, 1, 5])
+def test_each_key_is_projected_once_and_the_prefix_in_one_piece(p):
+    model = T5(**TINY | {"eos_id": 31}).eval()
+    model.head.weight.data[31] = 0  # never the likeliest for long
+    read = {"self_attention": [], "cross_attention": []}
+    block = model.decoder.blocks[0]
+    for name in read:
+
+        def count(module, inputs, output, name=name):
+            read[name].append(output.shape[1])
+
+        getattr(block, name).v.register_forward_hook(count)
+    src = sources(1, 6)[0] % 30
+    options = dict(prefix=PREFIX[:1].repeat(1, 2)[:, :p] % 30) if p else {}
+    written = generate(model, src, max_new_tokens=12, **options)
+    steps = written.shape[1] - p
+    assert read["self_attention"] == [1 + p] + [1] * (steps - 1)
+    assert read["cross_attention"] == [6]
+
+
+def test_copies_stand_below_their_source(model):
+    src, mask = sources(3)
+    tgt = sources(6, 4, seed=2)[0]
+    with torch.no_grad():
+        twice = TargetReader(model, src, mask, copies=2).next_logits(tgt)
+        for row in range(6):
+            one = slice(row // 2, row // 2 + 1)
+            alone = TargetReader(model, src[one], mask[one])
+            logits = alone.next_logits(tgt[row : row + 1])
+            assert difference(twice[row], logits[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_are_float32(dtype):
+    model = T5(**TINY).to(dtype).eval()
+    reader = TargetReader(model, torch.tensor([[3, 4]]))
+    logits = reader.next_logits(torch.tensor([[0]]))
+    assert logits.shape == (1, 32) and logits.dtype == torch.float32
+    assert generate(model, torch.tensor([[3, 4]])).dtype == torch.int64
+
+
+# --- The loop -------------------------------------------------------------
+
+
+def test_a_batch_writes_what_each_row_writes_alone(model):
+    (src, mask), eos = sources(4, 10), model.config.eos_id
     written = cut(generate(model, src, mask, max_new_tokens=25), eos)
     for row, real, expected in zip(src, mask, written):
         alone = generate(model, row[real][None], max_new_tokens=25)
         assert alone.tolist() == [expected]
 
 
-def test_rows_that_are_done_are_padded():
-    src = ids(4, 10)
-    model, _ = make_writers("v1.0")
-    eos = choose_eos(write_slowly(model, src, None, 25))
-    model = with_ids(model, eos_id=eos, pad_id=3)
-    written = generate(model, src, max_new_tokens=25)
-    ends = [len(row) for row in cut(written, eos)]
+def test_rows_that_are_done_are_padded(model):
+    other = with_ids(model, pad_id=3)
+    written = generate(other, *sources(), max_new_tokens=14)
+    ends = [len(row) for row in cut(written, model.config.eos_id)]
     assert min(ends) < max(ends) == written.shape[1]
     for row, end in zip(written.tolist(), ends):
         assert set(row[end:]) <= {3}
@@ -154,82 +254,82 @@ class Scripted(nn.Module):
         self.rows, self.read = torch.tensor(rows), []
 
     def decode(self, tgt, memory, mask=None, cache=None):
-        self.read.append(tgt[:, 0].tolist())
+        self.read.append(tgt.tolist())
         self.graph = torch.is_grad_enabled() or memory.requires_grad
         step = self.rows[:, len(self.read) - 1 : len(self.read)]
         return nn.functional.one_hot(step, 32).float()
 
 
 def scripted(rows, **config):
-    """A T5 whose decoder follows a script."""
+    """A T5 whose decoder follows a script, and a source for each row."""
     model = T5(**TINY | config)
     script = Scripted(rows)
     model.decode = script.decode
-    return model, script
+    return model, script, torch.full((len(rows), 4), 7)
 
 
 def test_the_loop_ends_when_all_rows_are_done():
     rows = [[5, 1, 6, 7, 8], [5, 6, 7, 1, 8], [1, 5, 6, 7, 8]]
-    model, script = scripted(rows)
-    written = generate(model, ids(3, 4, high=32), max_new_tokens=5)
+    model, script, src = scripted(rows)
+    written = generate(model, src, max_new_tokens=5)
     assert written.tolist() == [[5, 1, 0, 0], [5, 6, 7, 1], [1, 0, 0, 0]]
     assert len(script.read) == 4
 
 
 def test_it_reads_the_start_token_and_then_its_own():
-    model, script = scripted([[5, 6, 7, 1]], start_id=9)
-    generate(model, ids(1, 4, high=32), max_new_tokens=3)
-    assert script.read == [[9], [5], [6]]
+    model, script, src = scripted([[5, 6, 7, 1]], start_id=9)
+    generate(model, src, max_new_tokens=3, use_cache=False)
+    assert script.read == [[[9]], [[9, 5]], [[9, 5, 6]]]
+
+
+def test_it_reads_the_prefix_behind_the_start_token():
+    model, script, src = scripted([[5, 1]], start_id=9)
+    prefix = torch.tensor([[3, 1, 4]], dtype=torch.int32)
+    written = generate(model, src, prefix=prefix)
+    assert script.read[0] == [[9, 3, 1, 4]]
+    assert written.tolist() == [[3, 1, 4, 5, 1]]
 
 
 def test_it_keeps_no_graph():
-    model, script = scripted([[5, 6, 1]])
-    generate(model, ids(1, 4, high=32))
+    model, script, src = scripted([[5, 6, 1]])
+    generate(model, src)
     assert not script.graph
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_it_stops_at_max_new_tokens(n):
-    model, _ = scripted([[5] * 9])
-    written = generate(model, ids(1, 4, high=32), max_new_tokens=n)
+    model, _, src = scripted([[5] * 9])
+    written = generate(model, src, max_new_tokens=n)
     assert written.tolist() == [[5] * n]
 
 
-@pytest.mark.parametrize("n", [0, -3])
-def test_fewer_than_one_token(n):
-    with pytest.raises(ValueError, match=f"max_new_tokens is {n}; pass >= 1"):
-        generate(T5(**TINY), ids(1, 4, high=32), max_new_tokens=n)
+def test_the_method_is_the_function(model):
+    src, mask = sources()
+    options = dict(max_new_tokens=5, do_sample=True, temperature=2.0)
+    torch.manual_seed(0)
+    expected = generate(model, src, mask, **options)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(src, mask, **options), expected)
 
 
-def test_each_key_is_projected_once():
-    model = T5(**TINY | {"eos_id": 31}).eval()
-    model.head.weight.data[31] = 0  # never the likeliest for long
-    rows = {"self_attention": 0, "cross_attention": 0}
-    block = model.decoder.blocks[0]
-    for name in rows:
-
-        def count(module, inputs, output, name=name):
-            rows[name] += output.shape[1]
-
-        getattr(block, name).v.register_forward_hook(count)
-    written = generate(model, ids(1, 6, high=31), max_new_tokens=12)
-    assert rows == {
-        "self_attention": written.shape[1],
-        "cross_attention": 6,
-    }
-
-
-def test_the_method_is_the_function():
-    model = T5(**TINY).eval()
-    src, mask = ids(3, 6, high=32), padding_masks(3, 6)
-    expected = generate(model, src, mask, max_new_tokens=5)
-    assert torch.equal(model.generate(src, mask, max_new_tokens=5), expected)
+def test_a_generator_of_your_own(model):
+    state = torch.get_rng_state()
+    first, same, other = [
+        generate(
+            model, *sources(), do_sample=True, temperature=3.0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_dropout_is_off_and_nothing_is_left_behind():
     torch.manual_seed(0)
     model = T5(**TINY, dropout=0.5).train()
-    src = ids(4, 6, high=32)
+    src = sources(4, 6)[0] % 30
     first = model.generate(src, max_new_tokens=20)
     assert torch.equal(first, model.generate(src, max_new_tokens=20))
     assert model.training and model.decoder.dropout.training
@@ -250,13 +350,173 @@ def test_evaluating_restores_every_part_even_after_an_error():
     assert {True, False} == set(before)
 
 
-def test_the_mask_reaches_cross_attention():
+def test_the_mask_reaches_cross_attention(model):
     """A mask that stops at the encoder lets the decoder read padding."""
-    model, _ = make_all("v1.1")
-    src = ids(2, 10)
-    mask = torch.ones(2, 10).bool()
+    src, mask = sources(2, 10)[0], torch.ones(2, 10).bool()
     mask[:, 6:] = False
     other = src.clone()
-    other[:, 6:] = SIZES["num_tokens"] - 1
-    written = [generate(model, s, mask, max_new_tokens=9) for s in (src, other)]
-    assert torch.equal(*written)
+    other[:, 6:] = VOCAB - 1
+    first, second = [generate(model, s, mask) for s in (src, other)]
+    assert torch.equal(first, second)
+
+
+# --- The streamer ---------------------------------------------------------
+
+
+class Recorder:
+    """Notes what a streamer gets."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, ids):
+        self.calls.append((tuple(ids.shape), ids.tolist()))
+
+    def end(self):
+        self.calls.append("end")
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_a_streamer_gets_what_it_gets_from_the_reference(pair, prefixed):
+    ours, theirs = Recorder(), Recorder()
+    src = sources(1)[0]
+    options = {"prefix": PREFIX[:1]} if prefixed else {}
+    written = generate(
+        pair[0], src, max_new_tokens=9, streamer=ours, **options
+    )
+    write_with_reference(
+        pair[1], pair[0], src, max_new_tokens=9, streamer=theirs, **options
+    )
+    assert ours.calls == theirs.calls
+    assert ours.calls[-1] == "end" and len(ours.calls) > 2
+    ids = [token for _, new in ours.calls[1:-1] for token in new]
+    assert written[0].tolist() == PREFIX[0].tolist() * prefixed + ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words of several pieces each."""
+    lines = ["the cat sleeps", "the dog sleeps", "the cat is eating"] * 9
+    return Tokenizer.train(lines, vocab_size=19)
+
+
+TEXTS = [
+    "the cat is sleeping",
+    "dog",
+    "",
+    "the <extra_id_0> cat <extra_id_1>",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_words_are_printed_as_the_reference_prints_them(
+    tokenizer, text, capsys
+):
+    ids = [0, *tokenizer.encode(text), 1]
+    prints = []
+    for streamer in (WordStreamer(tokenizer), TextStreamer(tokenizer)):
+        pieces = []
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+            pieces.append(capsys.readouterr().out)
+        streamer.end()
+        prints.append([*pieces, capsys.readouterr().out])
+    assert prints[0] == prints[1]
+    assert "".join(prints[0]) == tokenizer.decode(ids) + "\n"
+    assert all(piece[-1:] in ("", " ") for piece in prints[0][:-1])
+
+
+def test_a_streamer_prints_each_text_anew(tokenizer):
+    file = StringIO()
+    streamer = WordStreamer(tokenizer, file)
+    for text in ("the cat", "is eating"):
+        streamer.put(torch.tensor([tokenizer.encode(text)]))
+        streamer.end()
+    assert file.getvalue() == "the cat\nis eating\n"
+
+
+class Lines:
+    """A tokenizer that knows of line breaks."""
+
+    def decode(self, ids):
+        return "".join("ab\n "[i] for i in ids)
+
+
+def test_a_line_break_ends_a_word():
+    file = StringIO()
+    streamer = WordStreamer(Lines(), file)
+    seen = []
+    for token in (0, 2, 1, 3, 0):
+        streamer.put(torch.tensor([token]))
+        seen.append(file.getvalue())
+    streamer.end()
+    assert seen == ["", "a\n", "a\n", "a\nb ", "a\nb "]
+    assert file.getvalue() == "a\nb a\n"
+
+
+@pytest.mark.parametrize("kind", [WordStreamer, TextStreamer])
+def test_what_is_printed_is_what_is_written(tokenizer, kind, capsys):
+    rows = [[*tokenizer.encode("the cat is eating"), 1]]
+    model, _, src = scripted([[token % 32 for token in rows[0]]])
+    written = generate(model, src, streamer=kind(tokenizer))
+    assert capsys.readouterr().out == tokenizer.decode(written[0]) + "\n"
+
+
+# --- Errors ---------------------------------------------------------------
+
+
+ERRORS = [
+    (dict(max_new_tokens=0), "max_new_tokens is 0; pass >= 1"),
+    (dict(max_new_tokens=-3), "max_new_tokens is -3; pass >= 1"),
+    (dict(min_new_tokens=-1), "min_new_tokens is -1; pass 0 to 64"),
+    (
+        dict(max_new_tokens=5, min_new_tokens=6),
+        "min_new_tokens is 6; pass 0 to 5",
+    ),
+    (dict(do_sample=True, temperature=0.0), "temperature is 0.0; pass > 0"),
+    (
+        dict(do_sample=True, temperature=-1.0),
+        "temperature is -1.0; pass > 0",
+    ),
+    (dict(do_sample=True, top_k=0), "top_k is 0; pass >= 1, or None"),
+    (dict(do_sample=True, top_p=0.0), "top_p is 0.0; pass > 0 and <= 1"),
+    (dict(do_sample=True, top_p=1.1), "top_p is 1.1; pass > 0 and <= 1"),
+    (
+        dict(temperature=0.5),
+        "top_k, top_p and generator need do_sample=True",
+    ),
+    (dict(top_k=5), "top_k, top_p and generator need do_sample=True"),
+    (dict(top_p=0.5), "top_k, top_p and generator need do_sample=True"),
+    (dict(generator=torch.Generator()), "generator need do_sample=True"),
+    (
+        dict(prefix=torch.ones(3, 2).long()),
+        r"prefix has 3 rows for 2 sources; pass prefix.expand\(2, -1\)",
+    ),
+    (dict(prefix=torch.ones(2).long()), r"prefix ids have shape \(2,\)"),
+    (
+        dict(prefix=torch.ones(2, 0).long()),
+        r"prefix ids have shape \(2, 0\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, message", ERRORS, ids=str)
+def test_what_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(T5(**TINY), torch.full((2, 4), 5), **options)
+
+
+def test_a_prefix_that_is_not_of_ids():
+    src = torch.full((1, 4), 5)
+    with pytest.raises(TypeError, match="prefix ids are torch.float32"):
+        generate(T5(**TINY), src, prefix=torch.ones(1, 2))
+    with pytest.raises(IndexError, match="prefix ids run from 2 to 32"):
+        first_target(T5(**TINY), src, torch.tensor([[2, 32]]))
+
+
+def test_a_word_streamer_prints_one_text(tokenizer):
+    streamer = WordStreamer(tokenizer)
+    with pytest.raises(
+        ValueError, match="2 texts; a WordStreamer prints one"
+    ):
+        generate(T5(**TINY), torch.full((2, 4), 5), streamer=streamer)

@@ -1,14 +1,18 @@
 """Chapter 18: evaluation, the loop, and exact resuming."""
 
 import json
+import math
+from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from t5_book import T5
+from t5_book.objectives import PackedBatch, batch_logits, pack
 from t5_book.optimizers import adafactor, linear_schedule, muon_adamw
 from t5_book.span_corruption import Batch
-from t5_book.training import Trainer, evaluate
+from t5_book.training import Trainer, cross_entropy, evaluate
 
 SIDE = dict(num_tokens=16, depth=1, heads=2, dim_head=8, mlp_mult=2)
 
@@ -141,3 +145,176 @@ def test_every_rate_follows_the_schedule():
             now = [group["lr"] for group in optimizer.param_groups]
             assert now == pytest.approx([rate * factor for rate in rates])
     assert trainer.rates == [[0.005], [0.05, 0.3]]
+
+
+# --- The loss of t5x --------------------------------------------------------
+
+
+def slowly(logits, labels, smoothing=0.0, z_loss=0.0):
+    """t5x's compute_weighted_cross_entropy, one number at a time."""
+    total, count = 0.0, 0
+    for scores, label in zip(logits.flatten(0, 1).tolist(), labels.flatten()):
+        if label == -100:
+            continue
+        v, log_z = len(scores), math.log(sum(map(math.exp, scores)))
+        on, off = 1.0 - smoothing, smoothing / (v - 1)
+        target = [on if i == label else off for i in range(v)]
+        total -= sum(p * (s - log_z) for p, s in zip(target, scores))
+        total += sum(p * math.log(p) for p in target if p > 0)
+        total += z_loss * log_z**2
+        count += 1
+    return total / count
+
+
+def drawn(seed=0, v=16):
+    torch.manual_seed(seed)
+    labels = torch.randint(0, v, (3, 7))
+    labels[1, 4:] = labels[2, 1:] = -100
+    return (2 * torch.randn(3, 7, v)).double() + 1, labels
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 0.9])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize("v", [2, 16, 130])
+def test_cross_entropy_by_loop(smoothing, z_loss, v):
+    logits, labels = drawn(v=v)
+    ours = cross_entropy(logits, labels, smoothing, z_loss)
+    assert abs(ours - slowly(logits, labels, smoothing, z_loss)) < 1e-12
+
+
+def test_without_extras_it_is_that_of_pytorch_and_of_the_model():
+    logits, labels = drawn()
+    theirs = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert torch.allclose(cross_entropy(logits, labels), theirs, rtol=1e-14)
+    model, batch = small_t5(dropout=0.0), batches(0)
+    ours = cross_entropy(batch_logits(model, batch), batch.labels)
+    own = model.loss(batch.src, batch.labels, batch.mask)
+    assert torch.allclose(ours, own, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_smoothing_is_that_of_pytorch_but_for_two_things(smoothing):
+    """PyTorch gives the label a share, too, and leaves the entropy in."""
+    logits, labels = drawn()
+    theirs = F.cross_entropy(
+        logits.flatten(0, 1),
+        labels.flatten(),
+        label_smoothing=smoothing * 16 / 15,
+    )
+    off = smoothing / 15
+    entropy = -(1 - smoothing) * math.log(1 - smoothing)
+    entropy -= smoothing * math.log(off)
+    ours = cross_entropy(logits, labels, smoothing)
+    assert torch.allclose(ours, theirs - entropy, rtol=1e-12)
+
+
+def test_gradient_is_that_which_t5x_writes_by_hand():
+    """(1 + 2 z log Z) softmax - target, of its cross_entropy_with_logits."""
+    logits, labels = drawn()
+    logits.requires_grad_()
+    cross_entropy(logits, labels, 0.1, 0.01).backward()
+    real = (labels != -100)[..., None]
+    target = torch.full_like(logits, 0.1 / 15)
+    target.scatter_(-1, labels.clamp(min=0)[..., None], 0.9)
+    log_z = logits.logsumexp(dim=-1, keepdim=True)
+    expected = (1 + 0.02 * log_z) * logits.softmax(dim=-1) - target
+    expected = (expected * real / real.sum()).detach()
+    assert torch.allclose(logits.grad, expected, rtol=0, atol=1e-15)
+
+
+def test_labels_of_minus_100_do_not_count():
+    logits, labels = drawn()
+    plain = cross_entropy(logits, labels, 0.1, 1e-4)
+    logits[labels == -100] = 50.0
+    assert torch.equal(cross_entropy(logits, labels, 0.1, 1e-4), plain)
+
+
+def test_half_precision_is_summed_in_float32():
+    logits, labels = drawn(v=2000)
+    half = logits.bfloat16()
+    ours = cross_entropy(half, labels, 0.1, 1e-4)
+    expected = cross_entropy(half.double(), labels, 0.1, 1e-4)
+    assert ours.dtype == torch.float32
+    assert abs(ours - expected) < 1e-5
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 10])
+def test_a_smoothing_that_is_no_share_is_refused(smoothing):
+    with pytest.raises(ValueError, match=f"label_smoothing is {smoothing}"):
+        cross_entropy(*drawn(), label_smoothing=smoothing)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    logits, labels = drawn()
+    with pytest.raises(ValueError, match=r"shape \(3, 7, 16\).*\(3, 6\)"):
+        cross_entropy(logits, labels[:, :6])
+    with pytest.raises(IndexError, match="label ids run from 0 to 16"):
+        cross_entropy(logits, 16 * torch.eye(3, 7).long())
+
+
+# --- Any loss, any batch ----------------------------------------------------
+
+
+def packed_batches(step):
+    return pack([batches(step)], 14, 12)
+
+
+def any_loss(model, batch, **extra):
+    return cross_entropy(batch_logits(model, batch), batch.labels, **extra)
+
+
+def train(batches, **loss):
+    model = small_t5(dropout=0.0)
+    trainer = Trainer(model, batches, muon_adamw(model), **loss)
+    return model, [trainer.train_step() for _ in range(4)]
+
+
+def test_packed_rows_train_as_plain_rows_do():
+    assert packed_batches(0).src.shape == (2, 14)
+    one, plain = train(batches)
+    two, packed = train(packed_batches, loss=any_loss)
+    assert packed == pytest.approx(plain, abs=1e-4)
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_the_loss_that_was_asked_for_is_trained_with():
+    _, plain = train(batches)
+    _, same = train(batches, loss=any_loss)
+    assert same == pytest.approx(plain, abs=1e-4)
+    loss = partial(any_loss, label_smoothing=0.1, z_loss=0.1)
+    model, other = train(batches, loss=loss)
+    with torch.no_grad():
+        expected = loss(small_t5(dropout=0.0), batches(0)).item()
+    assert other[0] == pytest.approx(expected, abs=1e-6)
+    assert abs(other[0] - plain[0]) > 0.1
+    log_z = batch_logits(model, batches(0)).logsumexp(dim=-1)
+    assert log_z.abs().mean() < log_z_of(small_t5(dropout=0.0))
+
+
+def log_z_of(model):
+    return batch_logits(model, batches(0)).logsumexp(dim=-1).abs().mean()
+
+
+def test_evaluate_takes_packed_rows():
+    model = small_t5(dropout=0.5)
+    plain, packed = (evaluate(model, [b(3)]) for b in (batches, packed_batches))
+    assert packed == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [batches, packed_batches])
+def test_every_part_of_a_batch_goes_to_the_device(kind):
+    """A device that holds no numbers shows whatever stayed behind."""
+    model = small_t5(dropout=0.0).to("meta")
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch)
+        raise InterruptedError
+
+    trainer = Trainer(model, kind, [], loss=loss)
+    with pytest.raises(InterruptedError):
+        trainer.train_step()
+    assert type(seen[0]) is type(kind(0))
+    assert all(part.is_meta for part in seen[0])
+    assert isinstance(seen[0], Batch | PackedBatch)
