@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -118,10 +119,24 @@ def test_a_missing_stored_output_fails(book):
     assert "01_one.md has no stored outputs" in report
 
 
-@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["", "xdist"])
-def test_collecting_nothing_fails(book, workers):
-    counts, code, report = nbval(book, "tests", *workers)
+def test_collecting_nothing_fails(book):
+    counts, code, report = nbval(book, "tests")
     assert code != 0 and "no chapter was collected" in report
+
+
+def test_a_worker_that_collects_nothing_fails(pytestconfig):
+    """The hook of pytest-xdist runs in the process that starts workers."""
+    plugin = pytestconfig.pluginmanager.get_plugin(
+        str(ROOT / "conftest.py")
+    )
+    finished = plugin.pytest_xdist_node_collection_finished
+    option = SimpleNamespace(nbval=True, nbval_lax=False)
+    node = SimpleNamespace(config=SimpleNamespace(option=option))
+    finished(node, ["tests/test_a.py::test_b", "chapters/01_a.md::Cell 0"])
+    with pytest.raises(pytest.UsageError, match="no chapter was collected"):
+        finished(node, ["tests/test_a.py::test_b"])
+    option.nbval = False
+    finished(node, ["tests/test_a.py::test_b"])
 
 
 def test_without_the_option_chapters_are_no_tests(book):

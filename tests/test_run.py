@@ -22,7 +22,7 @@ waited = time.monotonic() + 60
 while not Path("{other}").exists():
     assert time.monotonic() < waited, "{other} never came"
     time.sleep(0.01)
-time.sleep(1)
+time.sleep(2)
 Path("{mine}").write_text("done")
 """
 ALONE = """
@@ -74,7 +74,7 @@ def replace(path, old, new):
 
 
 def test_chapters_run_side_by_side_the_last_alone(book, run):
-    code, lines, error = run("--jobs=3", "--store")
+    code, lines, error = run("--jobs=4", "--store")
     assert code == 1
     names = [re.search(r"] (\S+)", line)[1] for line in lines]
     assert sorted(names) == ["01_one", "02_two", "03_three", "04_four"]
