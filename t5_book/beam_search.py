@@ -74,7 +74,8 @@ def grow_beams(running: Beams, log_probs: Tensor) -> tuple[Beams, Tensor]:
 
 
 def keep_best(
-    finished: Beams, grown: Beams, ended: Tensor, penalty: float, pad_id: int
+    finished: Beams, grown: Beams, ended: Tensor,
+    penalty: float, pad_id: int,
 ) -> Beams:
     """The ``w`` best of the texts finished before and those that end now.
 
@@ -198,9 +199,8 @@ def _check_beams(num_beams, num_return_sequences, early_stopping) -> None:
             f"num_beams, which is {num_beams}"
         )
     if early_stopping not in (True, False, "never"):
-        raise ValueError(
-            f'early_stopping is {early_stopping!r}; pass True, False or "never"'
-        )
+        wrong = f"early_stopping is {early_stopping!r}"
+        raise ValueError(f'{wrong}; pass True, False or "never"')
 
 
 @torch.no_grad()
