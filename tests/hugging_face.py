@@ -41,6 +41,13 @@ FAMILIES = {
     "byt5": ("T5", GATED | UNEVEN),
     "umt5": ("UMT5", GATED),
 }
+# T5's small sizes, of which 1.1 with fewer layers.
+RELEASED = {
+    "t5": dict(vocab_size=32128, d_model=512, d_kv=64, num_heads=8, d_ff=2048)
+    | dict(num_layers=6, num_decoder_layers=6),
+    "t5-v1_1": dict(vocab_size=32128, d_model=512, d_kv=64, num_heads=6)
+    | dict(d_ff=1024, num_layers=2, num_decoder_layers=2),
+}
 
 
 def reference_name(name: str) -> str:
@@ -77,7 +84,7 @@ def make_family(family: str, seed: int = 0, **sizes) -> tuple[T5, nn.Module]:
 
     ``sizes`` are those of the reference's config; default: ``SMALL``.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(len(FAMILIES) * seed + list(FAMILIES).index(family))
     reference = make_reference(family, **sizes)
     perturb(reference)
     ours = T5(**keywords(family, reference.config)).eval()
@@ -214,6 +221,13 @@ def padding_masks(batch: int, length: int) -> Tensor:
         mask[0, length // 2 :] = False
         mask[1, : length // 3] = False
     return mask
+
+
+def padded(batch: int, s: int, t: int, high: int = SIZES["num_tokens"]):
+    """Ids and masks; rows are padded on different sides."""
+    masks = padding_masks(batch, s), padding_masks(batch, t).flip(0)
+    ids = random_ids(batch, s, 0, high), random_ids(batch, t, 1, high)
+    return *ids, *masks
 
 
 def their_logits(

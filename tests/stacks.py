@@ -1,9 +1,8 @@
 """What the tests of the encoder and of the decoder share."""
 
 import torch
-from hugging_face import SIZES, copy_weights, make_ours
+from hugging_face import SIZES, make_family
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 KINDS = ["relu", "gated-gelu"]
@@ -12,22 +11,7 @@ SMALL = dict(dim=16, depth=2, heads=2, dim_head=4)
 
 def make_umt5_pair():
     """Our T5 with a bias table for each layer, and UMT5 with the same."""
-    torch.manual_seed(0)
-    reference = UMT5ForConditionalGeneration(
-        UMT5Config(
-            vocab_size=SIZES["num_tokens"],
-            d_model=SIZES["dim"],
-            d_kv=SIZES["dim_head"],
-            num_heads=SIZES["heads"],
-            num_layers=SIZES["depth"],
-            num_decoder_layers=SIZES["dec_depth"],
-            d_ff=2 * SIZES["dim"],
-            dropout_rate=0.0,
-        )
-    )
-    model = make_ours(feed_forward="gated-gelu", bias_per_layer=True)
-    copy_weights(model, reference)
-    return model.eval(), reference.eval()
+    return make_family("umt5")
 
 
 def with_large_biases(ours, reference):

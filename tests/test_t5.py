@@ -1,4 +1,5 @@
-"""The whole model (chapter 11) against ``transformers``, and its errors."""
+"""The whole model (chapter 11): sizes, flags, errors; the numbers that it
+computes are in ``test_exactness.py``."""
 
 import json
 import math
@@ -7,17 +8,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 import transformers
-from hugging_face import (
-    LENGTHS,
-    SIZES,
-    copy_weights,
-    difference,
-    make_ours,
-    make_pair,
-    padding_masks,
-    reference_name,
-)
-from stacks import make_umt5_pair, with_large_biases
+from hugging_face import padding_masks
+from hugging_face import random_ids as ids
 from torch import nn
 
 from t5_book.t5 import PRESETS, T5, T5Config
@@ -30,106 +22,7 @@ TINY = dict(
 )  # fmt: skip
 
 
-def make_all(kind: str):
-    """Our T5 and the reference, of the family ``kind``.
-
-    ``transformers`` 5.23 ties the head of every fresh T5, so we untie it.
-    """
-    umt5 = kind == "umt5"
-    if kind == "v1.0":
-        ours, reference = make_pair("relu")
-    else:
-        reference = (make_umt5_pair() if umt5 else make_pair("gated-gelu"))[1]
-        torch.manual_seed(2)
-        head = torch.randn(SIZES["num_tokens"], SIZES["dim"])
-        reference.lm_head.weight = nn.Parameter(head * SIZES["dim"] ** -0.5)
-        reference.config.scale_decoder_outputs = False
-        ours = make_ours(bias_per_layer=umt5, **GATED).eval()
-    reference.config.decoder_start_token_id = 0
-    copy_weights(ours, reference)
-    for stack in ("encoder", "decoder"):
-        with_large_biases(getattr(ours, stack), getattr(reference, stack))
-    return ours, reference
-
-
-def their_logits(kind, reference, src, tgt, mask=None, tgt_mask=None):
-    """The reference's logits; UMT5 scales them, although it is untied."""
-    with torch.no_grad():
-        logits = reference(
-            input_ids=src,
-            attention_mask=None if mask is None else mask.long(),
-            decoder_input_ids=tgt,
-            decoder_attention_mask=(
-                None if tgt_mask is None else tgt_mask.long()
-            ),
-        ).logits
-    return logits * SIZES["dim"] ** 0.5 if kind == "umt5" else logits
-
-
-@pytest.fixture(scope="module", params=["v1.0", "v1.1", "umt5"])
-def family(request):
-    """The name of a family, ours and the reference."""
-    return request.param, *make_all(request.param)
-
-
-def ids(batch, length, seed=0, high=SIZES["num_tokens"]):
-    """Random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, high, (batch, length), generator=generator)
-
-
-def assert_same(family, src, tgt, mask=None, tgt_mask=None):
-    """Ours and the reference give the same logits."""
-    kind, ours, reference = family
-    theirs = their_logits(kind, reference, src, tgt, mask, tgt_mask)
-    with torch.no_grad():
-        logits = ours(src, tgt, mask=mask, tgt_mask=tgt_mask)
-    assert theirs.std() > 0.3  # a comparison of zeros would prove nothing
-    assert difference(logits, theirs) <= 1e-5
-
-
-# --- Agreement with transformers ------------------------------------------
-
-
-@pytest.mark.parametrize("t", LENGTHS)
-@pytest.mark.parametrize("s", LENGTHS)
-def test_agrees_with_padding_on_both_sides(family, s, t):
-    masks = padding_masks(3, s), padding_masks(3, t).flip(0)
-    assert_same(family, ids(3, s), ids(3, t, 1), *masks)
-
-
-@pytest.mark.parametrize("s, t", [(1, 9), (10, 10), (40, 140), (140, 1)])
-def test_agrees_without_masks(family, s, t):
-    assert_same(family, ids(3, s), ids(3, t, 1))
-
-
-@pytest.mark.parametrize("s, t", [(9, 9), (9, 4), (4, 9)])
-def test_agrees_where_batch_equals_length(family, s, t):
-    assert_same(family, ids(9, s), ids(9, t, 1), padding_masks(9, s))
-
-
-def test_agrees_where_batch_equals_heads(family):
-    mask, tgt_mask = padding_masks(4, 10), padding_masks(4, 12).flip(0)
-    assert_same(family, ids(4, 10), ids(4, 12, 1), mask, tgt_mask)
-
-
-@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
-def test_loss_and_its_gradients_agree(kind):
-    ours, reference = make_all(kind)
-    src, mask, labels = ids(3, 10), padding_masks(3, 10), ids(3, 8, 1)
-    labels[0, 3:] = labels[2, 7:] = -100
-    loss = ours.loss(src, labels, mask)
-    theirs = reference(
-        input_ids=src, attention_mask=mask.long(), labels=labels
-    ).loss
-    assert abs(loss - theirs) <= 1e-5
-    loss.backward()
-    theirs.backward()
-    grads = {n: p.grad for n, p in reference.named_parameters()}
-    for name, weight in ours.named_parameters():
-        theirs = grads[reference_name(name)]
-        assert torch.allclose(weight.grad, theirs, atol=1e-5), name
-
+# --- Sizes ----------------------------------------------------------------
 
 REFERENCES = {
     "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
@@ -267,17 +160,6 @@ def test_first_loss_is_the_log_of_the_vocabulary(name):
     with torch.no_grad():
         ratio = model.loss(src, labels) / math.log(32128)
     assert 0.9 < ratio < 1.1
-
-
-def test_initial_deviations():
-    torch.manual_seed(0)
-    sizes = TINY | {"dim": 64, "enc_num_tokens": 999, "dec_num_tokens": 999}
-    model = T5(**sizes | GATED).requires_grad_(False)
-    assert model.enc_emb.weight.std() == pytest.approx(1, rel=0.03)
-    assert model.head.weight.std() == pytest.approx(64**-0.5, rel=0.03)
-    assert model.head.bias is None
-    tied = T5(**sizes).requires_grad_(False)
-    assert tied.head.weight.std() == pytest.approx(1, rel=0.03)
 
 
 @pytest.mark.parametrize("extra", [{}, GATED], ids=["v1.0", "v1.1"])
