@@ -775,10 +775,8 @@ def test_no_pickle_is_run(copy, tmp_path, kind):
         torch.save(weights | {"trap": trap}, file, **options)
     with pytest.raises(ValueError, match="nothing in it was run"):
         T5.from_pretrained(folder)
+    assert b"write_text" in file.read_bytes()  # the trap is set
     assert not trap.path.exists()
-    if kind == "archive":  # the trap is a real one
-        torch.load(file, weights_only=False)
-        assert trap.path.exists()
 
 
 @pytest.mark.parametrize("held", [[torch.ones(2)], {"n": 3}, torch.ones(2)])
