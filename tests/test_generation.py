@@ -145,6 +145,14 @@ def test_filters_agree(temperature, top_k, top_p):
     assert ours.isfinite().any(dim=1).all()
 
 
+def test_what_has_just_enough_is_kept_and_no_more():
+    """Quarters have exact sums in binary: two of four are one half."""
+    even = torch.zeros(1, 4)
+    kept = filter_logits(even, top_p=0.5)
+    assert torch.equal(kept, TopPLogitsWarper(0.5)(None, even))
+    assert kept.isfinite().sum() == 2
+
+
 # --- The cache ------------------------------------------------------------
 
 
