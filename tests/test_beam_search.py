@@ -356,8 +356,9 @@ def test_keep_best():
     best = keep_best(finished, grown, ended, penalty=2.0, pad_id=0)
     assert best.ids.tolist() == [[[4, 1, 0], [5, 6, 1]]]
     assert best.scores.tolist() == [[-1.5, -2.0]]
-    nothing = keep_best(finished, grown, ended & False, 2.0, pad_id=0)
-    assert nothing.scores.tolist() == [[-1.5, -3.0]]
+    for ended in ([False] * 4, [False, False, True, True]):  # too late
+        same = keep_best(finished, grown, torch.tensor([ended]), 2.0, 0)
+        assert same.scores.tolist() == [[-1.5, -3.0]]
 
 
 @pytest.mark.parametrize(
@@ -377,6 +378,12 @@ def test_may_improve(penalty, early_stopping, expected):
     finished = Beams(torch.zeros(2, 2, 4), scores)
     hope = may_improve(running, finished, 4, 10, penalty, early_stopping)
     assert hope.tolist() == expected
+
+
+def test_a_negative_penalty_hopes_for_short_texts():
+    running = Beams(torch.zeros(1, 1, 4), torch.tensor([[-2.2]]))
+    finished = Beams(torch.zeros(1, 1, 4), torch.tensor([[-10.0]]))
+    assert may_improve(running, finished, 4, 10, -1.0, "never").all()
 
 
 def test_the_cache_moves_targets_and_leaves_the_memory():

@@ -47,6 +47,7 @@ KNOBS = [
     {"top_p": 0.7},
     {"temperature": 1.4, "top_k": 12, "top_p": 0.8},
 ]
+SHARP = {"do_sample": True, "temperature": 0.3}
 PREFIX = torch.randint(
     2, VOCAB, (5, 4), generator=torch.Generator().manual_seed(3)
 )
@@ -99,7 +100,7 @@ def test_draws_agree_token_for_token(pair, knobs):
     assert not torch.equal(drawn, generate(pair[0], *sources()))
 
 
-@pytest.mark.parametrize("knobs", [{}, dict(do_sample=True, top_k=2)])
+@pytest.mark.parametrize("knobs", [{}, SHARP])
 def test_the_least_length_agrees(pair, knobs):
     options = dict(max_new_tokens=14) | knobs
     torch.manual_seed(5)
@@ -143,6 +144,14 @@ def test_filters_agree(temperature, top_k, top_p):
     assert torch.equal(ours, theirs)
     assert torch.equal(logits, before)
     assert ours.isfinite().any(dim=1).all()
+
+
+def test_what_has_just_enough_is_kept_and_no_more():
+    """Quarters have exact sums in binary: two of four are one half."""
+    even = torch.zeros(1, 4)
+    kept = filter_logits(even, top_p=0.5)
+    assert torch.equal(kept, TopPLogitsWarper(0.5)(None, even))
+    assert kept.isfinite().sum() == 2
 
 
 # --- The cache ------------------------------------------------------------
