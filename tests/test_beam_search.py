@@ -122,6 +122,18 @@ def test_the_least_length_agrees(pair, least):
     assert min(map(len, cut(ids, eos))) > least
 
 
+def test_a_text_may_end_right_after_the_least_length():
+    ours = make_ending_writers("t5", seed=1)[0]
+    eos, shortest = ours.config.eos_id, {}
+    for least in range(1, 6):
+        found = beam_search(
+            ours, *sources(12), min_new_tokens=least, max_new_tokens=8,
+            num_return_sequences=4, length_penalty=0.0,
+        )  # fmt: skip
+        shortest[least] = min(map(len, cut(found.ids, eos)))
+    assert shortest == {least: least + 1 for least in range(1, 6)}
+
+
 @pytest.mark.parametrize("p, least", [(1, 0), (3, 4)])
 def test_a_prefix_agrees(pair, p, least):
     prefix = sources(5, p, seed=7)[0]
