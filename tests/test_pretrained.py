@@ -585,6 +585,18 @@ def test_a_crash_costs_nothing(tmp_path, monkeypatch, place):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_the_old_file_is_replaced_not_overwritten(tmp_path):
+    """A reader that has it open goes on reading the old one."""
+    T5(**OURS).save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        before = (tmp_path / name).read_bytes()
+        with (tmp_path / name).open("rb") as old:
+            T5(**OURS | {"enc_depth": 1}).save_pretrained(tmp_path)
+            assert old.read() == before
+        assert (tmp_path / name).read_bytes() != before
+        T5(**OURS).save_pretrained(tmp_path)
+
+
 # --- The released sizes ---------------------------------------------------
 
 
