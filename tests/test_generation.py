@@ -509,7 +509,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("options, message", ERRORS, ids=str)
+@pytest.mark.parametrize("options, message", ERRORS, ids=" ".join)
 def test_what_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         generate(T5(**TINY), torch.full((2, 4), 5), **options)
