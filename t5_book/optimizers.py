@@ -20,7 +20,19 @@ __all__ = [
 ]
 
 
-class Adafactor(Optimizer):
+class _PerParameter(Optimizer):
+    """Call ``update(p, group)`` for each parameter with a gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Take one step. ``closure`` is not supported."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
+
+
+class Adafactor(_PerParameter):
     """Steps in proportion to the weights; squares kept as row and column.
 
     Matrices with a side below 128 and vectors keep every square. There is
@@ -56,14 +68,6 @@ class Adafactor(Optimizer):
         rows = self.track(p, "rows", square.mean(dim=1, keepdim=True))
         columns = self.track(p, "columns", square.mean(dim=0))
         return p.grad * (rows / rows.mean()).rsqrt() * columns.rsqrt()
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Take one step. ``closure`` is not supported."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
 
     def update(self, p: Tensor, group: dict) -> None:
         """Step with one parameter ``p`` of any shape."""
@@ -126,7 +130,7 @@ def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(Optimizer):
+class Muon(_PerParameter):
     """Momentum whose steps are orthogonalized, for matrices.
 
     It computes in the type of the weights. ``torch.optim.Muon`` takes the
@@ -146,14 +150,6 @@ class Muon(Optimizer):
     ):
         defaults = {"lr": lr, "momentum": momentum, "rounds": rounds}
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Take one step. ``closure`` is not supported."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
 
     def update(self, p: Tensor, group: dict) -> None:
         """Step with one matrix ``p [n m]``."""

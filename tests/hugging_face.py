@@ -11,6 +11,7 @@ from t5_book.t5 import T5
 
 SIZES = dict(dim=48, heads=4, dim_head=8, depth=3, dec_depth=2, num_tokens=128)
 LENGTHS = [1, 9, 10, 40, 140]
+PAIRS = [(s, t) for s in LENGTHS for t in LENGTHS if s != t]
 PLACES = {
     "attention_norm": (0, "layer_norm"),
     "attention": (0, "SelfAttention"),
@@ -228,6 +229,13 @@ def padded(batch: int, s: int, t: int, high: int = SIZES["num_tokens"]):
     masks = padding_masks(batch, s), padding_masks(batch, t).flip(0)
     ids = random_ids(batch, s, 0, high), random_ids(batch, t, 1, high)
     return *ids, *masks
+
+
+def batch_with_labels(s: int = 40, t: int = 10):
+    """A batch for training: ids, mask and labels, with padding in both."""
+    src, labels = random_ids(3, s), random_ids(3, t, 1)
+    labels[0, t // 3 :] = labels[2, -1:] = -100
+    return src, padding_masks(3, s), labels
 
 
 def their_logits(

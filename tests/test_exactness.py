@@ -7,15 +7,15 @@ import pytest
 import torch
 from hugging_face import (
     FAMILIES,
-    LENGTHS,
+    PAIRS,
     RELEASED,
     SIZES,
+    batch_with_labels,
     difference,
     exact_norms,
     gradients,
     make_family,
     padded,
-    padding_masks,
     random_ids,
     their_logits,
 )
@@ -23,7 +23,6 @@ from torch.nn.utils import get_total_norm
 
 from t5_book.t5 import T5
 
-PAIRS = [(s, t) for s in LENGTHS for t in LENGTHS if s != t]
 DIFFERENT = [(1, 9), (9, 1), (10, 40), (40, 10), (40, 140), (140, 9)]
 
 
@@ -113,13 +112,6 @@ def test_a_released_shape_at_the_lengths_of_pre_training(family):
 
 
 # --- Losses and gradients -------------------------------------------------
-
-
-def batch_with_labels(s=40, t=10):
-    """A batch for training, padded."""
-    src, labels = random_ids(3, s), random_ids(3, t, 1)
-    labels[0, t // 3 :] = labels[2, -1:] = -100
-    return src, padding_masks(3, s), labels
 
 
 def total_norms(grads):

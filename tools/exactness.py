@@ -26,19 +26,18 @@ sys.path.append(str(ROOT / "tests"))
 
 from hugging_face import (
     FAMILIES,
-    LENGTHS,
+    PAIRS,
     RELEASED,
+    batch_with_labels,
     difference,
     exact_norms,
     gradients,
     make_family,
     padded,
-    padding_masks,
     random_ids,
     their_logits,
 )
 
-PAIRS = [(s, t) for s in LENGTHS for t in LENGTHS if s != t]
 COLUMNS = {
     "logits": "float32 logits",
     "eager": "eager",
@@ -75,10 +74,7 @@ def training_differs(pair) -> tuple[float, float]:
     """Difference between losses, and between gradients of one weight."""
     losses, shares = [], []
     for s, t in [(10, 9), (40, 10), (9, 40)]:
-        src, labels = random_ids(3, s), random_ids(3, t, 1)
-        labels[0, t // 2 :] = -100
-        batch = src, padding_masks(3, s), labels
-        loss, theirs, grads = gradients(*pair, *batch)
+        loss, theirs, grads = gradients(*pair, *batch_with_labels(s, t))
         losses.append((loss - theirs).abs().item())
         for a, b in grads.values():
             shares.append(((a - b).norm() / b.norm()).item())
