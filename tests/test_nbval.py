@@ -57,6 +57,9 @@ def ready(tmp_path_factory):
 def book(ready, pytester, monkeypatch):
     """A copy of that book, for a test to change."""
     shutil.copytree(ready, pytester.path, dirs_exist_ok=True)
+    for variable in ("CI", "BUILD_NUMBER"):
+        # Where either is set, pytest's summary repeats each failure whole.
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(pytester.path))
     return pytester
 
