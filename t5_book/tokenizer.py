@@ -34,7 +34,9 @@ def _load_processor(
     model_proto: bytes, extra_ids: int
 ) -> SentencePieceProcessor:
     """Load a SentencePiece model with its sentinels, the first on top."""
-    names = [f"▁<extra_id_{k}>" for k in reversed(range(extra_ids))]
+    own = "▁<extra_id_0>".encode() in model_proto  # as in mT5's file
+    added = [] if own else reversed(range(extra_ids))
+    names = [f"▁<extra_id_{k}>" for k in added]
     records = [_piece_record(name, 0.0, _USER_DEFINED) for name in names]
     processor = SentencePieceProcessor()
     try:
@@ -51,13 +53,21 @@ def _load_processor(
     return processor
 
 
+def _count_sentinels(processor: SentencePieceProcessor) -> int:
+    """The number of sentinels at the end of the vocabulary."""
+    downwards = map(processor.id_to_piece, reversed(range(len(processor))))
+    pieces = enumerate(downwards)
+    return next(k for k, p in pieces if p != f"▁<extra_id_{k}>")
+
+
 class Tokenizer:
     """Turn text into token ids, and ids into text, as T5 does.
 
     Args:
         model_proto: the bytes of a SentencePiece model with pad 0, eos 1
             and unk 2. ``train`` and ``load`` make or read one.
-        extra_ids: number of sentinels laid on top; default 100.
+        extra_ids: number of sentinels laid on top; default 100. A model
+            that has sentinels (mT5's) keeps its own, if that many.
         multiple_of: what ``padded_vocab_size`` is a multiple of.
 
     Raises:
@@ -73,26 +83,23 @@ class Tokenizer:
     unk_id = 2
 
     def __init__(
-        self,
-        model_proto: bytes,
-        extra_ids: int = 100,
-        multiple_of: int = 128,
+        self, model_proto: bytes, extra_ids: int = 100, multiple_of: int = 128
     ):
         if not isinstance(model_proto, bytes):
             kind = type(model_proto)
             raise TypeError(f"pass bytes, not {kind}; see Tokenizer.load")
         self.model_proto = model_proto
-        self.extra_ids = extra_ids
         self.multiple_of = multiple_of
         self._processor = _load_processor(model_proto, extra_ids)
+        self.extra_ids = _count_sentinels(self._processor)
+        if self.extra_ids < extra_ids:
+            wrong = f"<extra_id_0> in it, but {self.extra_ids} sentinels"
+            raise ValueError(f"the model has {wrong} on top, not {extra_ids}")
 
     @classmethod
     def train(
-        cls,
-        lines: Iterable[str],
-        vocab_size: int,
-        model_type: str = "unigram",
-        extra_ids: int = 100,
+        cls, lines: Iterable[str], vocab_size: int,
+        model_type: str = "unigram", extra_ids: int = 100,
     ) -> "Tokenizer":
         """Learn a vocabulary from text.
 
@@ -216,10 +223,7 @@ def _train_model(lines: Iterable[str], size: int, kind: str) -> bytes:
             model_writer=model,
             vocab_size=size,
             model_type=kind,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,  # none
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,  # no bos
             character_coverage=1.0,
             max_sentence_length=2**30,
             num_threads=1,

@@ -164,6 +164,27 @@ def test_no_sentinels(tokenizer):
 # --- Training ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("extra_ids", [0, 30, 100])
+def test_a_file_with_sentinels_keeps_them(tokenizer, extra_ids):
+    """mT5's has its 100, and its configuration asks for none on top."""
+    proto = seqio_processor(tokenizer).serialized_model_proto()
+    own = Tokenizer(proto, extra_ids)
+    assert own.vocab_size == tokenizer.vocab_size
+    assert own.extra_ids == 100 and own.sentinel(99) == own.vocab_size - 100
+    for text in (SENTINELS, "hippo<extra_id_7>", *LINES[:50]):
+        assert own.encode(text) == tokenizer.encode(text)
+        assert own.decode(own.encode(text)) == tokenizer.decode(own.encode(text))
+
+
+def test_too_few_sentinels_in_the_file(tokenizer):
+    proto = seqio_processor(tokenizer).serialized_model_proto()
+    with pytest.raises(ValueError, match="but 100 sentinels on top, not 101"):
+        Tokenizer(proto, 101)
+    lines = ["the <extra_id_0> sees <extra_id_0>", "the cat sees"]
+    with pytest.raises(ValueError, match="but 0 sentinels on top, not 10"):
+        Tokenizer.train(lines, 7, model_type="word", extra_ids=10)
+
+
 def test_training_is_repeatable():
     first, second = [Tokenizer.train(iter(LINES[:500]), 200) for _ in "ab"]
     assert first.model_proto == second.model_proto
