@@ -8,6 +8,7 @@ import json
 import zipfile
 from functools import partial, reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
@@ -21,7 +22,8 @@ from t5_book.t5 import T5, T5Config
 __all__ = ["load_pretrained", "released_name", "save_pretrained"]
 
 _TABLE, _HEAD = "shared.weight", "lm_head.weight"
-_COPIES = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+_TABLES = (_TABLE, "encoder.embed_tokens.weight",
+           "decoder.embed_tokens.weight", _HEAD)
 _BIAS = "relative_attention_bias.weight"
 _PLACES = {
     "attention_norm": "0.layer_norm",
@@ -63,15 +65,13 @@ _ENTRIES = {
     "dropout": "dropout_rate",
     "num_buckets": "relative_attention_num_buckets",
     "max_distance": "relative_attention_max_distance",
-    "pad_id": "pad_token_id",
-    "eos_id": "eos_token_id",
+    "pad_id": "pad_token_id", "eos_id": "eos_token_id",
     "start_id": "decoder_start_token_id",
-    "scale_logits": "scale_decoder_outputs",
 } | {f"{side}_{o}": t for side in ("enc", "dec") for o, t in _SIZES.items()}
 
 
 def _keywords(values: dict) -> dict:
-    """Translate a ``config.json`` to keywords of ``T5``, but for tying."""
+    """Translate a ``config.json`` to keywords of ``T5``, the head apart."""
     values = {name: v for name, v in values.items() if v is not None}
     kind, eps = values.get("model_type"), values.get("layer_norm_epsilon")
     if kind not in ("t5", "mt5", "umt5") or eps not in (1e-6, None):
@@ -79,6 +79,8 @@ def _keywords(values: dict) -> dict:
             f"config.json has model_type {kind!r}, layer_norm_epsilon {eps}"
             "; this book loads 't5', 'mt5' and 'umt5' with 1e-06"
         )
+    if lacking := {"d_model", "num_layers", *_SIZES.values()} - {*values}:
+        raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
     values = {
         "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu",
         "dropout_rate": 0.1,
@@ -110,11 +112,9 @@ def _open(file: Path) -> dict:
 
 def _add(weights: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     """Keep a tensor, unless it is a copy of the embedding table."""
-    family = (_TABLE, *_COPIES, _HEAD)
-    for other in family if name in family else ():
-        if other in weights and torch.equal(weights[other], tensor):
-            first = min(name, other, key=family.index)
-            weights[first] = weights.pop(other)
+    for twin in _TABLES if name in _TABLES else ():
+        if twin in weights and torch.equal(weights[twin], tensor):
+            weights[min(name, twin, key=_TABLES.index)] = weights.pop(twin)
             return
     if not name.endswith(f"EncDecAttention.{_BIAS}"):  # nothing reads it
         weights[name] = tensor
@@ -130,20 +130,20 @@ def _read(files: list[Path], dtype, device) -> dict[str, Tensor]:
             if not tensor.is_floating_point() or tensor.itemsize < 2:
                 raise ValueError(f"{name} is {tensor.dtype}, no wide float")
             _add(weights, name, tensor.to(device, dtype))
-    for name in _COPIES:
-        if name in weights and _TABLE not in weights:
-            weights[_TABLE] = weights.pop(name)
+    if tables := [name for name in _TABLES[:3] if name in weights]:
+        weights[_TABLE] = weights.pop(tables[0])
     kinds = {w.dtype for w in weights.values()} or {dtype}
     kind = reduce(torch.promote_types, kinds)
     return {name: weight.to(kind) for name, weight in weights.items()}
 
 
-def _check(found: dict, wanted: dict, folder: Path) -> None:
+def _check(found: dict, own: dict, folder: Path) -> None:
     """Name all tensors that are missing, surplus or misshapen."""
+    wanted = {released_name(n): weight for n, weight in own.items()}
     wrong = [f"{name} is missing" for name in wanted if name not in found]
     wrong += [f"{name} is surplus" for name in found if name not in wanted]
     for name in [name for name in wanted if name in found]:
-        shape, right = tuple(found[name].shape), tuple(wanted[name].shape)
+        shape, right = (tuple(d[name].shape) for d in (found, wanted))
         if shape != right:
             wrong.append(f"{name} has shape {shape}, not {right}")
     if wrong:
@@ -186,17 +186,19 @@ def load_pretrained(
     """
     files = _find_weights(name_or_path)
     path = files[0].with_name("config.json")
-    config = _keywords(json.loads(path.read_text("utf-8")))
+    values = json.loads(path.read_text("utf-8"))
+    config = _keywords(values)
     weights = _read(files, dtype, device or torch.get_default_device())
     blocks = {n.split(".")[2] for n in weights if n.endswith(_BIAS)}
     if max(config["enc_depth"], config["dec_depth"]) > 1:
         config["bias_per_layer"] = blocks > {"0"}
+    tied = _HEAD not in weights
+    word = "scale_decoder_outputs" if tied else "scale_logits"
     with torch.device("meta"):
-        model = kind(**config, tie_head=_HEAD not in weights)
-    names = {n: released_name(n) for n, _ in model.named_parameters()}
-    wanted = {names[n]: w for n, w in model.named_parameters()}
-    _check(weights, wanted, path.parent)
-    ours = {name: weights[theirs] for name, theirs in names.items()}
+        model = kind(**config, tie_head=tied, scale_logits=values.get(word))
+    own = dict(model.named_parameters())
+    _check(weights, own, path.parent)
+    ours = {name: weights[released_name(name)] for name in own}
     model.load_state_dict(ours, strict=False, assign=True)
     if model.config.tie_head:
         model.head.weight = model.dec_emb.weight
@@ -220,8 +222,9 @@ def _entries(config: T5Config) -> dict:
     kind = "umt5" if config.bias_per_layer else "t5"
     return values | {
         "architectures": [f"{kind.upper()}ForConditionalGeneration"],
-        "is_encoder_decoder": True,
-        "model_type": kind,
+        "is_encoder_decoder": True, "model_type": kind,
+        "scale_decoder_outputs": config.scale_logits,
+        "scale_logits": None if config.tie_head else config.scale_logits,
         "tie_word_embeddings": config.tie_head,
     }
 
@@ -239,12 +242,9 @@ def save_pretrained(model: T5, folder: str | Path) -> None:
     entries["dtype"] = str(model.head.weight.dtype).removeprefix("torch.")
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = folder / "model.safetensors.part", folder / "config.json.part"
-    try:
-        save_file(weights, parts[0], metadata={"format": "pt"})
-        parts[1].write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
-        for part in parts:
-            part.replace(part.with_suffix(""))
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    text = json.dumps(entries, indent=2) + "\n"
+    with TemporaryDirectory(prefix=".part-", dir=folder) as part:
+        Path(part, "config.json").write_text(text, "utf-8")
+        save_file(weights, f"{part}/model.safetensors", {"format": "pt"})
+        for file in Path(part).iterdir():
+            file.replace(folder / file.name)

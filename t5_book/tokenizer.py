@@ -66,8 +66,7 @@ class Tokenizer:
     Args:
         model_proto: the bytes of a SentencePiece model with pad 0, eos 1
             and unk 2. ``train`` and ``load`` make or read one.
-        extra_ids: number of sentinels laid on top; default 100. A model
-            that has sentinels (mT5's) keeps its own, if that many.
+        extra_ids: sentinels on top, default 100; mT5's model has its own.
         multiple_of: what ``padded_vocab_size`` is a multiple of.
 
     Raises:
@@ -83,18 +82,19 @@ class Tokenizer:
     unk_id = 2
 
     def __init__(
-        self, model_proto: bytes, extra_ids: int = 100, multiple_of: int = 128
+        self, model_proto: bytes, extra_ids: int = 100,
+        multiple_of: int = 128,
     ):
         if not isinstance(model_proto, bytes):
-            kind = type(model_proto)
-            raise TypeError(f"pass bytes, not {kind}; see Tokenizer.load")
+            wrong = type(model_proto)
+            raise TypeError(f"pass bytes, not {wrong}; see Tokenizer.load")
         self.model_proto = model_proto
         self.multiple_of = multiple_of
         self._processor = _load_processor(model_proto, extra_ids)
-        self.extra_ids = _count_sentinels(self._processor)
-        if self.extra_ids < extra_ids:
-            wrong = f"<extra_id_0> in it, but {self.extra_ids} sentinels"
-            raise ValueError(f"the model has {wrong} on top, not {extra_ids}")
+        self.extra_ids = found = _count_sentinels(self._processor)
+        if found < extra_ids:
+            wrong = f"but {found} sentinels on top, not {extra_ids}"
+            raise ValueError(f"the model has <extra_id_0> in it, {wrong}")
 
     @classmethod
     def train(

@@ -288,12 +288,25 @@ def test_an_equal_head_is_tied(copy):
     assert torch.equal(model.enc_emb.weight, weights[TABLE])
 
 
-@pytest.mark.parametrize("scale", [True, False])
-def test_scale_decoder_outputs_overrules(copy, scale):
-    folder, _ = copy
-    change_config(folder, scale_decoder_outputs=scale)
+@pytest.mark.parametrize("word", [True, False])
+def test_scaling_where_the_tensors_leave_it_open(copy, word):
+    """A tied model may be scaled or not; ``transformers`` writes which."""
+    folder, weights = copy
+    change_config(folder, scale_decoder_outputs=word)
     config = T5.from_pretrained(folder).config
-    assert config.tie_head and config.scale_logits == scale
+    assert config.tie_head and config.scale_logits == word
+    head = torch.randn_like(weights[TABLE])
+    config = T5.from_pretrained(write(folder, weights | {HEAD: head})).config
+    assert not config.tie_head and not config.scale_logits
+
+
+def test_our_own_word_is_for_an_untied_head(originals, tmp_path):
+    """What it says of a tied one, ``transformers`` would not know."""
+    for family in ("t5", "t5-v1_1"):
+        folder = shutil.copytree(originals[family][1], tmp_path / family)
+        change_config(folder, scale_logits=family == "t5-v1_1",
+                      scale_decoder_outputs=None)  # fmt: skip
+        assert T5.from_pretrained(folder).config.scale_logits
 
 
 def test_a_fresh_v1_1_of_transformers_5(tmp_path):
@@ -571,8 +584,8 @@ def test_a_crash_costs_nothing(tmp_path, monkeypatch, place):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert set(before) == {"config.json", "model.safetensors"}
 
-    def fail(*arguments, **options):
-        (tmp_path / "model.safetensors.part").write_bytes(b"half")
+    def fail(*arguments):
+        Path(arguments[place == "save_file"]).write_bytes(b"half")
         raise OSError("no space left on device")
 
     if place == "save_file":
@@ -715,6 +728,8 @@ def test_quantised_weights(copy):
         ({"model_type": None}, "model_type None"),
         ({"feed_forward_proj": "gated-silu"}, "'gated-silu'; pass 'relu'"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon 1e-05"),
+        ({"d_model": None}, "config.json lacks d_model$"),
+        ({"vocab_size": None, "d_kv": None}, "lacks d_kv, vocab_size$"),
     ],
 )
 def test_configurations_of_others(copy, entries, message):
