@@ -22,6 +22,7 @@ from t5_book.beam_search import (
 from t5_book.byte_tokenizer import (
     ByteTokenizer,
     find_release,
+    find_weights,
     load_tokenizer,
 )
 from t5_book.decoder import BlockCache, Decoder, DecoderBlock
@@ -153,6 +154,7 @@ __all__ = [
     "expand_padding_mask",
     "filter_logits",
     "find_release",
+    "find_weights",
     "first_target",
     "fit_padding_mask",
     "generate",

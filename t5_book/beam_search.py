@@ -198,7 +198,7 @@ def _check_beams(num_beams, num_return_sequences, early_stopping) -> None:
             f"num_return_sequences is {num_return_sequences}; pass 1 to "
             f"num_beams, which is {num_beams}"
         )
-    if early_stopping not in (True, False, "never"):
+    if type(early_stopping) is not bool and early_stopping != "never":
         wrong = f"early_stopping is {early_stopping!r}"
         raise ValueError(f'{wrong}; pass True, False or "never"')
 

@@ -11,18 +11,24 @@ from pathlib import Path
 
 from t5_book.tokenizer import Tokenizer
 
-__all__ = ["ByteTokenizer", "find_release", "load_tokenizer"]
+__all__ = [
+    "ByteTokenizer",
+    "find_release",
+    "find_weights",
+    "load_tokenizer",
+]
 
 
 class ByteTokenizer:
     """Turn text into the ids of its bytes, and ids into text, as ByT5 does.
 
-    The methods are those of ``Tokenizer``. A byte's id is its number plus
-    3, and sentinel ``k`` has the id ``258 - k``, as in ByT5's training.
+    The methods are those of ``Tokenizer``, less ``train``, ``load`` and
+    ``save``. A byte's id is its number plus 3, and sentinel ``k`` has the
+    id ``258 - k``, as in ByT5's training.
 
     Args:
-        extra_ids: number of sentinels; default 11, which is as many bytes
-            as no text has at the top. It may be less.
+        extra_ids: number of sentinels; default 11, the number of bytes at
+            the top that no text has. Fewer will do.
         multiple_of: what ``padded_vocab_size`` is a multiple of.
 
     Raises:
@@ -73,7 +79,7 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn token ids into text; sentinels show, pad and eos do not.
+        """Turn ids into text; sentinels show, pad, eos and unk do not.
 
         Bytes that are no UTF-8 are left out.
 
@@ -162,6 +168,30 @@ def _download(name: str, files: Sequence[str], lost: str) -> Path:
         raise ConnectionError(message) from error
 
 
+def find_weights(name_or_path: str | Path) -> list[Path]:
+    """Find the files with the weights, safetensors if there are any.
+
+    ``name_or_path`` is as for ``find_release``, which may raise, too.
+    FileNotFoundError or ValueError if there are no weights, or no index.
+    Built in chapter 14, "Read bytes instead of words".
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        names = whole, f"{whole}.index.json", whole.replace(".", "-*.")
+        path = find_release(name_or_path, "config.json", *names)
+        found = [path, *(path / name for name in names)]
+        if found := [file for file in found if file.is_file()]:
+            break
+    else:
+        wrong = "no model.safetensors, no pytorch_model.bin, and no index"
+        raise FileNotFoundError(f"{path} has {wrong} of shards")
+    if found[0].suffix != ".json":
+        return found[:1]
+    shards = json.loads(found[0].read_text("utf-8")).get("weight_map")
+    if not shards:
+        raise ValueError(f"{found[0]} is no index of shards")
+    return [found[0].with_name(name) for name in sorted({*shards.values()})]
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
     """Load the tokenizer of a released T5.
 
@@ -183,6 +213,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
     if (folder / files[2]).is_file():
         extra_ids = values.get("extra_ids", 100)
         return Tokenizer.load(folder / files[2], extra_ids=extra_ids)
-    if values.get("vocab_size") != ByteTokenizer().padded_vocab_size:
+    named = values.get("tokenizer_class") == "ByT5Tokenizer"
+    if not (named or values.get("vocab_size") == 384):
         raise ValueError(f"{folder} has no spiece.model, and is no ByT5")
     return ByteTokenizer()

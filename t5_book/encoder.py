@@ -91,6 +91,9 @@ def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
 
     Built in chapter 9, "Read the source".
     """
+    if not isinstance(ids, Tensor):
+        hint = "pass torch.tensor([ids]) for a batch of one"
+        raise TypeError(f"{name} ids are {type(ids)}; {hint}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} ids are {ids.dtype}; pass ids.long()")
     if ids.ndim != 2 or 0 in ids.shape:
@@ -131,6 +134,8 @@ def fit_padding_mask(
     """
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} mask is {type(mask)}; pass a bool tensor")
     b, k = shape
     if tuple(mask.shape) not in ((b, k), (b, queries, k)):
         raise ValueError(

@@ -99,17 +99,17 @@ def first_target(
     """What the decoder reads first: start token and prefix ``[b 1 + p]``.
 
     ``src`` and ``prefix`` are those of ``generate``. Raises TypeError,
-    ValueError or IndexError if ``prefix`` is not made of ids without
-    padding, a row for each source. Built in chapter 12, "Generate text".
+    ValueError or IndexError if ``prefix`` is not ids, a row for each
+    source; padding counts as text. Built in chapter 12, "Generate text".
     """
-    start_id, b = model.config.start_id, len(src)
-    start = torch.full((b, 1), start_id, device=src.device)
+    check_ids("source", src, model.config.enc_num_tokens)
+    start = torch.full_like(src[:, :1], model.config.start_id).long()
     if prefix is None:
         return start
     check_ids("prefix", prefix, model.config.dec_num_tokens)
-    if len(prefix) != b:
-        wrong = f"prefix has {len(prefix)} rows for {b} sources"
-        raise ValueError(f"{wrong}; pass prefix.expand({b}, -1)")
+    if len(prefix) != len(src):
+        wrong = f"prefix has {len(prefix)} rows for {len(src)} sources"
+        raise ValueError(f"{wrong}; pass one for each source")
     return torch.cat([start, prefix.long()], dim=1)
 
 
@@ -127,7 +127,7 @@ def check_lengths(max_new_tokens: int, min_new_tokens: int) -> None:
 
 def _check_knobs(do_sample, generator, temperature, top_k, top_p) -> None:
     """Refuse what cannot be drawn with, or would have no effect."""
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; pass > 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; pass >= 1, or None for all")

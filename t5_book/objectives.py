@@ -36,7 +36,7 @@ __all__ = [
 
 
 class SpecialIds(NamedTuple):
-    """The ids of a vocabulary that are no text. Words lie below them.
+    """Ids that are no text. Those of words lie below the sentinels.
 
     Built in chapter 16, "Ask in other ways".
     """
@@ -68,11 +68,11 @@ def span_denoising(
     return corrupt_spans(tokens, noise, **ids._asdict())
 
 
-def _iid_noise_mask(tokens, density, generator):
-    """Hide each of ``tokens [b l]`` by a chance of its own."""
-    if not 0 <= density <= 1:
-        raise ValueError(f"noise density is {density}; pass 0 to 1")
-    return torch.rand(tokens.shape, generator=generator) < density
+def _by_chance(tokens, share, generator):
+    """Choose each of ``tokens [b l]`` by a chance of its own."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of the tokens is {share}; pass 0 to 1")
+    return torch.rand(tokens.shape, generator=generator) < share
 
 
 def iid_denoising(
@@ -81,10 +81,11 @@ def iid_denoising(
 ) -> Batch:
     """Hide single tokens of ``tokens [b l]`` and ask for them.
 
-    Built in chapter 16, "Ask in other ways" (paper, section 3.1.4).
+    ValueError if a text has more gaps than there are sentinels. Built in
+    chapter 16, "Ask in other ways" (paper, section 3.1.4).
     """
     check_ids("text", tokens, ids.words_end)
-    noise = _iid_noise_mask(tokens, noise_density, generator)
+    noise = _by_chance(tokens, noise_density, generator)
     return corrupt_spans(tokens, noise, **ids._asdict())
 
 
@@ -99,8 +100,8 @@ def bert_denoising(
     Built in chapter 16, "Ask in other ways" (paper, section 3.3.1).
     """
     check_ids("text", tokens, ids.words_end)
-    noise = _iid_noise_mask(tokens, noise_density, generator)
-    swap = _iid_noise_mask(tokens, random_share, generator)
+    noise = _by_chance(tokens, noise_density, generator)
+    swap = _by_chance(tokens, random_share, generator)
     word = torch.randint(3, ids.words_end, swap.shape, generator=generator)
     fill = word.where(swap, ids.first_sentinel)
     return _end(fill.where(noise, tokens.long()), tokens, ids)
@@ -155,18 +156,20 @@ def ul2_denoising(
     """Ask each row of ``tokens [b l]`` by one of UL2's seven denoisers.
 
     All seven are equally likely. ``modes`` has the ids that begin the
-    source: ``[NLU]`` under R, ``[S2S]`` under S, ``[NLG]`` under X.
+    source: ``[NLU]`` under R, ``[S2S]`` under S, ``[NLG]`` under X, or
+    KeyError. ValueError if sentinels run out (100 serve 602 tokens).
     Built in chapter 16, "Ask in other ways" (Tay et al. 2022, table 1).
     """
     check_ids("text", tokens, ids.words_end)
     b, length = tokens.shape
+    starts = {mode: torch.tensor(modes[mode]) for mode in "RSX"}
     draw = partial(random_spans_noise_mask, batch=b, generator=generator)
     masks = [draw(length, d, mu or max(length / 4, 1)) for _, mu, d in UL2]
     which = torch.randint(len(masks), (b,), generator=generator)
     noise = torch.stack(masks)[which, torch.arange(b)]  # [b l]
     src, mask, labels = corrupt_spans(tokens, noise, **ids._asdict())
-    starts = [torch.tensor(modes[UL2[i][0]]) for i in which]
-    rows = [torch.cat([m, s[r]]) for m, s, r in zip(starts, src, mask)]
+    begin = [starts[UL2[i][0]] for i in which]
+    rows = [torch.cat([m, s[r]]) for m, s, r in zip(begin, src, mask)]
     return Batch(*pad_rows(rows, ids.pad_id), labels)
 
 
@@ -190,21 +193,20 @@ def pack(
     ValueError if there is no example, or one that no row can hold. Built
     in chapter 16, "Ask in other ways" (paper, section 3.1.2).
     """
-    room = torch.tensor([src_length, tgt_length])
+    room = src_length, tgt_length
     rows, free = [[]], [room]  # the last row is empty
     for src, mask, labels in (row for b in batches for row in zip(*b)):
         parts = src[mask], labels[labels != -100]
-        sizes = torch.tensor([len(part) for part in parts])
-        if (sizes > room).any():
-            raise ValueError(
-                f"an example has {sizes.tolist()} tokens and a row "
-                f"{room.tolist()} (source, target); lengthen the rows"
-            )
-        i = next(i for i, f in enumerate(free) if (sizes <= f).all())
+        s, t = map(len, parts)
+        fits = [s <= a and t <= b for a, b in free]
+        if not fits[-1]:
+            wrong = f"an example has {[s, t]} tokens and a row {[*room]}"
+            raise ValueError(f"{wrong} (source, target); lengthen the rows")
+        i = fits.index(True)
         if not rows[i]:
             rows, free = rows + [[]], free + [room]
         rows[i].append(parts)
-        free[i] = free[i] - sizes
+        free[i] = free[i][0] - s, free[i][1] - t
     if not rows[0]:
         raise ValueError("there is nothing to pack; pass a batch or more")
     sources, targets = zip(*[zip(*row) for row in rows[:-1]])

@@ -25,7 +25,7 @@ class _PerParameter(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Take one step. ``closure`` is not supported."""
+        """Take one step. ``closure`` is ignored."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -62,7 +62,8 @@ class Adafactor(_PerParameter):
 
     def normalize(self, p: Tensor) -> Tensor:
         """Divide the gradient of ``p`` by the root of its mean square."""
-        square = p.grad.square() + 1e-30
+        tiny = max(1e-30, torch.finfo(p.dtype).tiny)
+        square = p.grad.square() + tiny
         if p.ndim != 2 or min(p.shape) < 128:
             return p.grad * self.track(p, "squares", square).rsqrt()
         rows = self.track(p, "rows", square.mean(dim=1, keepdim=True))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from t5_book.byte_tokenizer import find_release
+from t5_book.byte_tokenizer import find_weights
 from t5_book.t5 import T5, T5Config
 
 __all__ = ["load_pretrained", "released_name", "save_pretrained"]
@@ -24,7 +24,8 @@ __all__ = ["load_pretrained", "released_name", "save_pretrained"]
 _TABLE, _HEAD = "shared.weight", "lm_head.weight"
 _TABLES = (_TABLE, "encoder.embed_tokens.weight",
            "decoder.embed_tokens.weight", _HEAD)
-_BIAS = "relative_attention_bias.weight"
+_BIAS = "SelfAttention.relative_attention_bias.weight"
+_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _PLACES = {
     "attention_norm": "0.layer_norm",
     "attention": "0.SelfAttention",
@@ -49,7 +50,9 @@ def released_name(name: str) -> str:
     if part == "norm":
         return f"{stack}.final_layer_norm.weight"
     if part == "biases":
-        return f"{stack}.block.{rest[0]}.layer.0.SelfAttention.{_BIAS}"
+        return f"{stack}.block.{rest[0]}.layer.0.{_BIAS}"
+    if part != "blocks":
+        return name  # no parameter of a T5
     block, place, *weight = rest
     layer = _PLACES[place].format(last=1 if stack == "encoder" else 2)
     return ".".join([stack, "block", block, "layer", layer, *weight])
@@ -67,6 +70,7 @@ _ENTRIES = {
     "max_distance": "relative_attention_max_distance",
     "pad_id": "pad_token_id", "eos_id": "eos_token_id",
     "start_id": "decoder_start_token_id",
+    "scale_logits": "scale_decoder_outputs",
 } | {f"{side}_{o}": t for side in ("enc", "dec") for o, t in _SIZES.items()}
 
 
@@ -85,6 +89,7 @@ def _keywords(values: dict) -> dict:
         "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu",
         "dropout_rate": 0.1,
         "num_decoder_layers": values["num_layers"],
+        "scale_decoder_outputs": False if kind == "mt5" else None,
         "decoder_start_token_id": values.get("pad_token_id", 0),
     } | values
     config = {o: values[t] for o, t in _ENTRIES.items() if t in values}
@@ -101,7 +106,7 @@ def _open(file: Path) -> dict:
             return {n: partial(held.get_tensor, n) for n in held.keys()}
         mapped = zipfile.is_zipfile(file)  # before 2020 they were none
         held = torch.load(file, "cpu", weights_only=True, mmap=mapped)
-        return {name: tensor.clone for name, tensor in held.items()}
+        return {str(name): tensor.clone for name, tensor in held.items()}
     except OSError:
         raise
     except Exception as error:  # damaged files break in many ways
@@ -116,56 +121,45 @@ def _add(weights: dict[str, Tensor], name: str, tensor: Tensor) -> None:
         if twin in weights and torch.equal(weights[twin], tensor):
             weights[min(name, twin, key=_TABLES.index)] = weights.pop(twin)
             return
-    if not name.endswith(f"EncDecAttention.{_BIAS}"):  # nothing reads it
-        weights[name] = tensor
+    if not name.endswith("EncDecAttention.relative_attention_bias.weight"):
+        weights[name] = tensor  # and those are read by nothing
 
 
 def _read(files: list[Path], dtype, device) -> dict[str, Tensor]:
     """Read tensor by tensor, each converted before the next is read."""
+    if dtype not in (None, *_FLOATS):
+        raise ValueError(f"dtype is {dtype!r}; pass one of {_FLOATS}")
     weights = {}
     for file in files:
         readers = _open(file).items()
         for name, read in tqdm(readers, file.name, unit="tensor", delay=2):
             tensor = read()
-            if not tensor.is_floating_point() or tensor.itemsize < 2:
-                raise ValueError(f"{name} is {tensor.dtype}, no wide float")
+            if tensor.dtype not in _FLOATS:
+                wrong = f"{name} is {tensor.dtype}"
+                raise ValueError(f"{wrong}; weights must be of {_FLOATS}")
             _add(weights, name, tensor.to(device, dtype))
     if tables := [name for name in _TABLES[:3] if name in weights]:
         weights[_TABLE] = weights.pop(tables[0])
     kinds = {w.dtype for w in weights.values()} or {dtype}
     kind = reduce(torch.promote_types, kinds)
-    return {name: weight.to(kind) for name, weight in weights.items()}
+    return {name: weights.pop(name).to(kind) for name in [*weights]}
 
 
 def _check(found: dict, own: dict, folder: Path) -> None:
-    """Name all tensors that are missing, surplus or misshapen."""
+    """Name the tensors that are missing, surplus or misshapen."""
     wanted = {released_name(n): weight for n, weight in own.items()}
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{name} is surplus" for name in found if name not in wanted]
+    missing = [f"{name} is missing" for name in wanted if name not in found]
+    surplus = [f"{name} is surplus" for name in found if name not in wanted]
+    misshapen = []
     for name in [name for name in wanted if name in found]:
-        shape, right = (tuple(d[name].shape) for d in (found, wanted))
+        shape, right = tuple(found[name].shape), tuple(wanted[name].shape)
         if shape != right:
-            wrong.append(f"{name} has shape {shape}, not {right}")
-    if wrong:
-        shown = "\n".join(wrong[:20] + ["..."] * (len(wrong) > 20))
-        where = f"{len(wrong)} tensors in {folder} do not fit config.json"
-        raise ValueError(f"{where}:\n{shown}")
-
-
-def _find_weights(name_or_path: str | Path) -> list[Path]:
-    """The files with the weights, safetensors if there are any."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        names = whole, f"{whole}.index.json", whole.replace(".", "-*.")
-        path = find_release(name_or_path, "config.json", *names)
-        found = [path, *(path / name for name in names)]
-        if found := [file for file in found if file.is_file()]:
-            break
-    else:
-        raise FileNotFoundError(f"{path} has no {whole} or the like")
-    if found[0].suffix != ".json":
-        return found[:1]
-    index = json.loads(found[0].read_text("utf-8"))["weight_map"]
-    return [found[0].with_name(name) for name in sorted({*index.values()})]
+            misshapen.append(f"{name} has shape {shape}, not {right}")
+    kinds = [kind for kind in (missing, surplus, misshapen) if kind]
+    if kinds:
+        wrong = f"{sum(map(len, kinds))} tensors in {folder} do not fit"
+        shown = [x for k in kinds for x in k[:20] + ["..."] * (len(k) > 20)]
+        raise ValueError(f"{wrong} config.json:\n" + "\n".join(shown))
 
 
 def load_pretrained(
@@ -179,12 +173,12 @@ def load_pretrained(
     those of the weights; ``kind`` is ``T5`` or a class derived from it.
 
     Returns the model, in evaluation mode. Raises ValueError if the files
-    are damaged, no T5's, or do not fit together (the message names all
-    tensors that do not), and whatever ``find_release`` raises.
+    are damaged, no T5's, or do not fit together (the message names the
+    tensors that do not), and whatever ``find_weights`` raises.
 
     Built in chapter 15, "Load the released T5".
     """
-    files = _find_weights(name_or_path)
+    files = find_weights(name_or_path)
     path = files[0].with_name("config.json")
     values = json.loads(path.read_text("utf-8"))
     config = _keywords(values)
@@ -192,10 +186,10 @@ def load_pretrained(
     blocks = {n.split(".")[2] for n in weights if n.endswith(_BIAS)}
     if max(config["enc_depth"], config["dec_depth"]) > 1:
         config["bias_per_layer"] = blocks > {"0"}
-    tied = _HEAD not in weights
-    word = "scale_decoder_outputs" if tied else "scale_logits"
+    if not (tied := _HEAD not in weights):
+        config["scale_logits"] = values.get("scale_logits")
     with torch.device("meta"):
-        model = kind(**config, tie_head=tied, scale_logits=values.get(word))
+        model = kind(**config, tie_head=tied)
     own = dict(model.named_parameters())
     _check(weights, own, path.parent)
     ours = {name: weights[released_name(name)] for name in own}
@@ -223,7 +217,6 @@ def _entries(config: T5Config) -> dict:
     return values | {
         "architectures": [f"{kind.upper()}ForConditionalGeneration"],
         "is_encoder_decoder": True, "model_type": kind,
-        "scale_decoder_outputs": config.scale_logits,
         "scale_logits": None if config.tie_head else config.scale_logits,
         "tie_word_embeddings": config.tie_head,
     }
@@ -238,7 +231,10 @@ def save_pretrained(model: T5, folder: str | Path) -> None:
     Built in chapter 15, "Load the released T5".
     """
     entries, own = _entries(model.config), model.named_parameters()
+    with torch.device("meta"):
+        plain = dict(T5(**vars(model.config)).named_parameters())
     weights = {released_name(n): w.detach().contiguous() for n, w in own}
+    _check(weights, plain, "the model")
     entries["dtype"] = str(model.head.weight.dtype).removeprefix("torch.")
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,9 @@ class T5Config:
                 raise ValueError(
                     f"{field.name} is {value!r}; pass an int >= {least}"
                 )
+            if least == 0 and value >= self.dec_num_tokens:
+                known = f"dec_num_tokens is {self.dec_num_tokens}"
+                raise ValueError(f"{field.name} is {value}, but {known}")
         source, target = self.enc_num_tokens, self.dec_num_tokens
         if self.tie_token_emb and source != target:
             raise ValueError(
@@ -165,7 +168,10 @@ class T5(nn.Module):
             self.head.weight = self.dec_emb.weight
 
     def encode(self, src: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Read ``src [b s]``, real where ``mask``; give ``[b s dim]``."""
+        """Read ``src [b s]`` and give the memory ``[b s dim]``.
+
+        ``mask`` is bool ``[b s]``, True at real tokens, or ``[b s s]``.
+        """
         check_ids("source", src, self.config.enc_num_tokens)
         return self.encoder(self.enc_emb(src), mask)
 
@@ -175,8 +181,8 @@ class T5(nn.Module):
     ) -> Tensor:
         """Read ``tgt [b t]``; return logits ``[b t dec_num_tokens]``.
 
-        ``mask`` is the *source's*, bool ``[b s]``; ``tgt_mask`` (needed for
-        padding on the left alone) and ``cache`` are the decoder's.
+        ``mask`` is the *source's*, ``[b s]`` or ``[b t s]``; ``tgt_mask``
+        (for padding on the left alone) and ``cache`` are the decoder's.
         """
         check_ids("target", tgt, self.config.dec_num_tokens)
         x = self.decoder(self.dec_emb(tgt), memory, mask=tgt_mask,
@@ -193,8 +199,11 @@ class T5(nn.Module):
 
         ``src [b s]`` and ``tgt [b t]`` are ids, ``tgt`` with a start token
         (see ``shift_right``); ``mask [b s]`` and ``tgt_mask [b t]`` are
-        bool, True at real tokens; default: all are.
+        bool, True at real tokens; default: all. ValueError for a mask of
+        pairs: ``encode`` and ``decode`` need one each.
         """
+        if mask is not None and mask.ndim == 3:
+            raise ValueError(f"mask is {tuple(mask.shape)}; pass (b, s)")
         return self.decode(tgt, self.encode(src, mask), mask, tgt_mask)
 
     def shift_right(self, labels: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ the chapter, not this file.
 
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -37,6 +37,9 @@ def evaluate(
         ``loss``, nats per target token, and ``accuracy``, the share of
         target tokens whose most likely choice is right, teacher-forced.
 
+    Raises:
+        ValueError: if the batches hold no label that counts.
+
     Built in chapter 18, "Set up the training".
     """
     loss, right, count = 0.0, 0, 0
@@ -44,13 +47,14 @@ def evaluate(
     with evaluating(model):
         for batch in batches:
             batch = batch._make(part.to(device) for part in batch)
-            logits, labels = batch_logits(model, batch), batch.labels
-            real = labels != -100
-            loss += nn.functional.cross_entropy(
-                logits[real], labels[real], reduction="sum"
-            ).item()
-            right += (logits.argmax(dim=-1) == labels)[real].sum().item()
-            count += real.sum().item()
+            real = batch.labels != -100
+            logits = batch_logits(model, batch)[real].double()  # [n v]
+            labels = batch.labels[real].long()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            right += (logits.argmax(dim=-1) == labels).sum().item()
+            count += len(labels)
+    if count == 0:
+        raise ValueError("no label to measure; are the batches used up?")
     return {"loss": loss / count, "accuracy": right / count}
 
 
@@ -74,25 +78,21 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Callable[[int], Batch],
-        optimizers: Sequence[Optimizer],
-        *,
+        self, model: nn.Module, batches: Callable[[int], Batch],
+        optimizers: Sequence[Optimizer], *,
         schedule: Callable[[int], float] = lambda step: 1.0,
         loss: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: (
             model.loss(batch.src, batch.labels, batch.mask)
         ),
-        clip: float = 1.0,
-        folder: str | Path | None = None,
+        clip: float = 1.0, folder: str | Path | None = None,
     ):
         self.model, self.batches = model, batches
         self.optimizers, self.schedule = optimizers, schedule
         self.loss, self.clip = loss, clip
         self.folder = None if folder is None else Path(folder)
         self.rates = [
-            [group["lr"] for group in optimizer.param_groups]
-            for optimizer in optimizers
+            [g.setdefault("initial_lr", g["lr"]) for g in o.param_groups]
+            for o in optimizers
         ]
         self.step = 0
         self.history: list[dict] = []
@@ -101,7 +101,8 @@ class Trainer:
         """Learn from the batch of this step; return its loss.
 
         Raises:
-            FloatingPointError: if the loss is not finite.
+            FloatingPointError: if the loss or its gradient is not finite;
+                the weights are then as they were.
         """
         device = next(self.model.parameters()).device
         batch = self.batches(self.step)
@@ -109,17 +110,16 @@ class Trainer:
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * self.schedule(self.step)
+        self.model.zero_grad()
         loss = self.loss(self.model, batch)
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step}; lower the "
-                "learning rate or lengthen the warm-up"
-            )
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        if not (loss + norm).isfinite():
+            wrong = f"the loss is {loss.item()}, its gradient {norm.item()}"
+            hint = "lower the learning rate, or look for an empty batch"
+            raise FloatingPointError(f"{wrong} at step {self.step}; {hint}")
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         self.step += 1
         return loss.item()
 
@@ -133,6 +133,7 @@ class Trainer:
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
+            "kinds": [type(o).__name__ for o in self.optimizers],
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
         }
@@ -143,8 +144,7 @@ class Trainer:
         (self.folder / "log.jsonl").write_text("".join(lines))
 
     def fit(
-        self,
-        steps: int,
+        self, steps: int,
         measure: Callable[[nn.Module], dict] = lambda model: {},
         every: int = 100,
     ) -> list[dict]:
@@ -168,7 +168,9 @@ class Trainer:
             if self.step % every == 0 or self.step == steps:
                 train_loss = sum(losses) / len(losses)
                 record = {"step": self.step, "train_loss": train_loss}
-                self.history.append(record | measure(self.model))
+                record |= measure(self.model)
+                text = json.dumps(record, default=float)
+                self.history.append(json.loads(text))  # plain numbers
                 self.save()
                 bar.set_postfix(loss=f"{train_loss:.3f}")
                 losses = []
@@ -182,27 +184,38 @@ class Trainer:
             Whether there was a checkpoint.
 
         Raises:
-            ValueError: if the file there is not a trainer's checkpoint.
+            ValueError: if the file there is not a trainer's checkpoint, or
+                one of other optimizers.
             RuntimeError: if it holds a model of another shape.
         """
         path = self.folder / "checkpoint.pt" if self.folder else None
         if path is None or not path.exists():
             return False
-        errors = RuntimeError, KeyError, EOFError, pickle.PickleError
+        model, optimizers, rng, cuda_rng, *rest = self._read(path)
+        self.model.load_state_dict(model)
+        for optimizer, saved in zip(self.optimizers, optimizers):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(rng)
+        torch.cuda.set_rng_state_all(cuda_rng)
+        self.step, self.history = rest
+        return True
+
+    def _read(self, path: Path) -> list:
+        """What a checkpoint for these optimizers holds, in order."""
+        names = "model", "optimizers", "rng", "cuda_rng", "step", "history"
+        kinds = [type(optimizer).__name__ for optimizer in self.optimizers]
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.step, self.history = state["step"], state["history"]
-        except errors as error:
-            raise ValueError(
-                f"{path} is not a checkpoint of a Trainer ({error}); "
-                "delete it to start from the beginning"
-            ) from error
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-        return True
+            found, values = state["kinds"], [state[name] for name in names]
+        except Exception as error:  # damaged files break in many ways
+            name = type(error).__name__
+            wrong = f"is not a checkpoint of a Trainer ({name})"
+        else:
+            if found == kinds:
+                return values
+            wrong = f"is of a Trainer with {found}, not {kinds}"
+        hint = "delete it to start from the beginning"
+        raise ValueError(f"{path} {wrong}; {hint}")
 
 
 def cross_entropy(
@@ -213,8 +226,8 @@ def cross_entropy(
 
     ``logits [b t v]`` and ``labels [b t]``, -100 where one does not count.
     The other ids share ``label_smoothing``, and the entropy of such a
-    target is taken off; ``z_loss`` (1e-4 in t5x) weighs log(Z) squared.
-    ValueError for a wrong shape or smoothing, IndexError for a wrong label.
+    target is subtracted; ``z_loss`` (1e-4 in t5x) weighs log(Z) squared.
+    ValueError for shape or smoothing, IndexError or TypeError for a label.
 
     Built in chapter 18, "Set up the training" (t5x, ``losses.py``).
     """
@@ -225,13 +238,13 @@ def cross_entropy(
             "0 <= label_smoothing < 1, logits (b, t, v) and labels (b, t)"
         )
     real, v = labels != -100, logits.shape[-1]
-    labels = labels.masked_fill(~real, 0).long()
+    labels = labels.masked_fill(~real, 0)
     check_ids("label", labels, v)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     on, off = 1 - label_smoothing, label_smoothing / (v - 1)
     entropy = -on * math.log(on) - (v - 1) * off * math.log(off + 1e-20)
     log_z = logits.logsumexp(dim=-1)  # [b t]
-    own = logits.gather(-1, labels[..., None])[..., 0]
+    own = logits.gather(-1, labels[..., None].long())[..., 0]
     loss = log_z - (on - off) * own - off * logits.sum(dim=-1)
     loss = loss - entropy + z_loss * log_z**2
     return (loss * real).sum() / real.sum()

@@ -423,6 +423,7 @@ ERRORS = [
         dict(early_stopping="always"),
         "early_stopping is 'always'; pass True, False or \"never\"",
     ),
+    (dict(early_stopping=1), "early_stopping is 1; pass True, False"),
     (dict(max_new_tokens=0), "max_new_tokens is 0; pass >= 1"),
     (dict(min_new_tokens=65), "min_new_tokens is 65; pass 0 to 64"),
     (

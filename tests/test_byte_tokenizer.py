@@ -252,6 +252,23 @@ def test_a_vocabulary(tmp_path, extra_ids):
     assert loaded.vocab_size == 300 + (extra_ids or 100)
 
 
+def test_a_byt5_tokenizer_of_transformers(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+
+
+def test_a_vocabulary_with_its_sentinels(tmp_path):
+    """As mT5's: its configuration asks for none on top."""
+    plain = Tokenizer.train(HELP[:400], 300)
+    proto = plain._processor.serialized_model_proto()
+    (tmp_path / "spiece.model").write_bytes(proto)
+    text = json.dumps({"extra_ids": 0})
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.vocab_size == 400
+    assert loaded.sentinel(99) == plain.sentinel(99) == 300
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="no spiece.model, and is no ByT5"):
         load_tokenizer(write_config(tmp_path, vocab_size=32128))

@@ -483,6 +483,7 @@ ERRORS = [
         "min_new_tokens is 6; pass 0 to 5",
     ),
     (dict(do_sample=True, temperature=0.0), "temperature is 0.0; pass > 0"),
+    (dict(do_sample=True, temperature=float("nan")), "temperature is nan"),
     (
         dict(do_sample=True, temperature=-1.0),
         "temperature is -1.0; pass > 0",
@@ -499,7 +500,7 @@ ERRORS = [
     (dict(generator=torch.Generator()), "generator need do_sample=True"),
     (
         dict(prefix=torch.ones(3, 2).long()),
-        r"prefix has 3 rows for 2 sources; pass prefix.expand\(2, -1\)",
+        "prefix has 3 rows for 2 sources; pass one for each",
     ),
     (dict(prefix=torch.ones(2).long()), r"prefix ids have shape \(2,\)"),
     (

@@ -223,7 +223,7 @@ def test_all_or_nothing():
 @pytest.mark.parametrize("ask", [iid_denoising, bert_denoising])
 @pytest.mark.parametrize("density", [-0.1, 1.1, 15, float("nan")])
 def test_a_density_that_is_no_share_is_refused(ask, density):
-    with pytest.raises(ValueError, match="noise density is .*pass 0 to 1"):
+    with pytest.raises(ValueError, match="share of the tokens is .*pass 0 to 1"):
         ask(texts(2, 5), IDS, density)
 
 
@@ -371,6 +371,14 @@ def test_s_asks_for_the_last_quarter():
     for row, source, target in asked:
         assert source == [*MODES["S"], *row[:60], FIRST, EOS]
         assert target == [FIRST, *row[60:], EOS]
+
+
+def test_ul2_needs_all_three_modes():
+    for seed in range(9):  # whichever is drawn
+        with pytest.raises(KeyError, match="X"):
+            ul2_denoising(
+                texts(1, 60), IDS, {"R": [9], "S": [9]}, generator=seeded(seed)
+            )
 
 
 def test_ul2_says_when_sentinels_run_out():

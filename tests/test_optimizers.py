@@ -275,3 +275,14 @@ def test_the_schedule_climbs_and_falls_to_zero():
 def test_a_warmup_outside_the_training_is_an_error(warmup):
     with pytest.raises(ValueError, match=f"warmup is {warmup} .* 10 steps"):
         linear_schedule(steps=10, warmup=warmup)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(200, 200), (200, 8), (9,)])
+def test_adafactor_without_gradient_stands_still(dtype, shape):
+    """As the rows of an embedding do whose tokens are not in the batch."""
+    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    p.grad[5] = 0
+    Adafactor([p], lr=0.1).step()
+    assert p.isfinite().all() and (p[5] == 1).all() and (p[4] < 1).all()

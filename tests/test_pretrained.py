@@ -320,6 +320,20 @@ def test_a_fresh_v1_1_of_transformers_5(tmp_path):
     assert difference(our_logits(model), their_logits(reference)) <= 1e-5
 
 
+def test_a_tied_mt5_is_not_scaled(tmp_path):
+    """``transformers`` 5.23 ties each fresh one, and never scales."""
+    torch.manual_seed(0)
+    config = transformers.MT5Config(**SIZES)
+    reference = transformers.MT5ForConditionalGeneration(config).eval()
+    reference.save_pretrained(tmp_path)
+    model = T5.from_pretrained(tmp_path)
+    assert model.config.tie_head and not model.config.scale_logits
+    assert difference(our_logits(model), their_logits(reference)) <= 1e-5
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert difference(our_logits(model), their_logits(again)) <= 1e-5
+
+
 @pytest.mark.parametrize("name", [STALE, *COPIES])
 def test_tolerated(copy, originals, name):
     folder, weights = copy
@@ -665,6 +679,44 @@ def test_all_that_does_not_fit_is_named(copy):
     ]
 
 
+def test_names_with_a_prefix_are_shown(copy):
+    """As when all weights were saved from a wrapper such as DDP."""
+    folder, weights = copy
+    write(folder, {f"module.{name}": w for name, w in weights.items()})
+    with pytest.raises(ValueError, match="do not fit config.json") as error:
+        T5.from_pretrained(folder)
+    assert "\nmodule.decoder.block.0" in str(error.value)
+    assert "\nshared.weight is missing" in str(error.value)
+
+
+def test_a_bias_without_a_block(copy):
+    folder, weights = copy
+    weights["relative_attention_bias.weight"] = torch.ones(2)
+    with pytest.raises(ValueError, match="bias.weight is surplus"):
+        T5.from_pretrained(write(folder, weights))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", torch.int64, torch.complex64, torch.float8_e4m3fn]
+)
+def test_a_type_that_weights_cannot_have(copy, dtype):
+    with pytest.raises(ValueError, match="dtype is .*pass .*torch.bfloat16"):
+        T5.from_pretrained(copy[0], dtype=dtype)
+
+
+def test_a_model_that_outgrew_its_configuration(tmp_path):
+    model = T5(**OURS)
+    model.enc_emb = model.dec_emb = nn.Embedding(48, 24)
+    model.head.weight = model.enc_emb.weight
+    with pytest.raises(ValueError, match=r"shared.weight has shape \(48, 24\)"):
+        model.save_pretrained(tmp_path / "new")
+    model = T5(**OURS)
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="extra.weight is surplus"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_long_list_is_cut(copy):
     folder, weights = copy
     few = {TABLE: weights[TABLE]}
@@ -746,6 +798,12 @@ def test_files_that_are_not_there(copy, tmp_path):
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match="empty has no .*model"):
         T5.from_pretrained(empty)
+
+
+def test_a_json_file_that_is_no_index(copy):
+    folder, _ = copy
+    with pytest.raises(ValueError, match="config.json is no index of shards"):
+        T5.from_pretrained(folder / "config.json")
 
 
 def test_a_shard_that_is_not_there(originals, tmp_path):

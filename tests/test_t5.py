@@ -269,6 +269,9 @@ def test_json_with_unknown_fields():
         ({"dec_dim_head": 64.0}, "dec_dim_head is 64.0; pass an int >= 1"),
         ({"enc_depth": True}, "enc_depth is True"),
         ({"eos_id": -1}, "eos_id is -1; pass an int >= 0"),
+        ({"eos_id": 32}, "eos_id is 32, but dec_num_tokens is 32"),
+        ({"pad_id": 40}, "pad_id is 40, but dec_num_tokens is 32"),
+        ({"start_id": 33}, "start_id is 33, but dec_num_tokens is 32"),
         ({"enc_num_tokens": 99}, "enc_num_tokens is 99 and dec_num_tokens is 32"),
     ],
 )
@@ -320,6 +323,26 @@ def test_source_ids(wrong, error, message):
         model(GOOD, wrong)
     with pytest.raises(error, match=message.replace("source", "label")):
         model.loss(GOOD, wrong)
+
+
+def test_a_list_is_no_batch():
+    model, ids = T5(**TINY), GOOD[0].tolist()
+    for call in (model, model.encode, model.generate):
+        rest = [GOOD] * (call is model)
+        with pytest.raises(TypeError, match=r"'list'>; pass torch.tensor\(\["):
+            call(ids, *rest)
+    with pytest.raises(TypeError, match="source mask is <class 'list'>"):
+        model.encode(GOOD, [[True] * 3] * 2)
+
+
+def test_a_mask_of_pairs_is_for_one_attention():
+    """With as many targets as sources it would fit where it means nothing."""
+    pairs = torch.ones(2, 3, 3).tril().bool()
+    model = T5(**TINY).eval()
+    with pytest.raises(ValueError, match=r"mask is \(2, 3, 3\); pass \(b, s"):
+        model(GOOD, GOOD, pairs)
+    memory = model.encode(GOOD, pairs)
+    assert model.decode(GOOD, memory).shape == (2, 3, 32)
 
 
 def test_the_last_label_is_checked_too():

@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -83,10 +84,84 @@ def test_nothing_to_resume(tmp_path):
     assert make_trainer().resume() is False
 
 
-def test_a_broken_checkpoint_is_a_clear_error(tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not a checkpoint of a Trainer"):
-        make_trainer(tmp_path).resume()
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_damaged_checkpoints_are_clear_errors(tmp_path):
+    """Cut anywhere, or of something else; the trainer stays as it was."""
+    make_trainer(tmp_path).fit(2)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    broken = [whole[:n] for n in range(0, len(whole), len(whole) // 20)]
+    for held in ([1, 2], 3, torch.ones(2), small_t5().state_dict()):
+        torch.save(held, path)
+        broken.append(path.read_bytes())
+    for data in broken:
+        path.write_bytes(data)
+        trainer = make_trainer(tmp_path)
+        with pytest.raises(ValueError, match="not a checkpoint of a Trainer"):
+            trainer.resume()
+        assert trainer.step == 0 and trainer.history == []
+
+
+def test_a_checkpoint_of_other_optimizers_is_refused(tmp_path):
+    make_trainer(tmp_path, optimizers=adafactor).fit(2)
+    trainer = make_trainer(tmp_path)
+    before = [p.clone() for p in trainer.model.parameters()]
+    wrong = r"\['Adafactor'\], not \['Muon', 'AdamW'\]"
+    with pytest.raises(ValueError, match=wrong):
+        trainer.resume()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_a_model_of_another_shape_changes_no_step(tmp_path):
+    make_trainer(tmp_path).fit(2)
+    trainer = make_trainer(tmp_path)
+    trainer.model.enc_emb.weight.data = torch.ones(17, 16)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        trainer.resume()
+    assert trainer.step == 0
+
+
+def test_resuming_in_the_same_process_after_an_interrupt(tmp_path):
+    """What the interrupted step left in the gradients does not count."""
+    straight = make_trainer(tmp_path / "one")
+    straight.fit(6, every=2)
+    stopped, steps = make_trainer(tmp_path / "two"), []
+
+    def interrupt(*_):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    stopped.optimizers[0].register_step_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(6, every=2)
+    assert stopped.resume() and stopped.step == 2
+    stopped.fit(6, every=2)
+    pairs = zip(straight.model.parameters(), stopped.model.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_gradients_of_weights_without_optimizer_do_not_add_up():
+    model = small_t5(dropout=0.0)
+    optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.0)
+    trainer = Trainer(model, lambda step: batches(0), [optimizer], clip=1e9)
+    trainer.fit(1)
+    first = model.head.weight.grad.clone()
+    trainer.fit(3)
+    assert torch.allclose(model.head.weight.grad, first, atol=1e-6)
+
+
+def test_a_record_holds_plain_numbers(tmp_path):
+    """So that the checkpoint can be read without running code."""
+    numbers = {
+        "double": np.float64(0.75), "single": np.float32(0.75),
+        "tensor": torch.tensor(0.75),
+    }  # fmt: skip
+    trainer = make_trainer(tmp_path)
+    trainer.fit(2, lambda model: numbers)
+    again = make_trainer(tmp_path)
+    assert again.resume() and again.history == trainer.history
+    assert all(again.history[0][name] == 0.75 for name in numbers)
 
 
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
@@ -127,6 +202,62 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     torch.nn.init.constant_(trainer.model.enc_emb.weight, torch.nan)
     with pytest.raises(FloatingPointError, match="nan at step 0"):
         trainer.fit(1)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    def loss(model, batch):  # the root has no slope at zero
+        plain = model.loss(batch.src, batch.labels, batch.mask)
+        return plain + (model.head.weight.sum() * 0).abs().sqrt()
+
+    model = small_t5()
+    trainer = Trainer(
+        model, batches, muon_adamw(model), loss=loss, folder=tmp_path
+    )
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="its gradient nan at step 0"):
+        trainer.fit(1)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_an_empty_batch_is_named_as_a_cause():
+    empty = batches(0)._replace(labels=torch.full((4, 5), -100))
+    model = small_t5()
+    trainer = Trainer(model, lambda step: empty, muon_adamw(model))
+    with pytest.raises(FloatingPointError, match="look for an empty batch"):
+        trainer.fit(1)
+
+
+def test_evaluate_needs_a_label():
+    model = small_t5()
+    batch = batches(0)
+    for nothing in [], [batch._replace(labels=batch.labels * 0 - 100)]:
+        with pytest.raises(ValueError, match="no label to measure"):
+            evaluate(model, nothing)
+
+
+def test_evaluate_sums_in_double():
+    """In half precision a sum of a few thousand nats loses its digits."""
+    model = small_t5().bfloat16().eval()
+    many = [batches(step) for step in range(200)]
+    sources, labels = [torch.cat([b[i] for b in many]) for i in (0, 2)]
+    mask = torch.ones_like(sources).bool()
+    with torch.no_grad():
+        logits = batch_logits(model, Batch(sources, mask, labels)).double()
+    exact = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    found = evaluate(model, [Batch(sources, mask, labels.int())])
+    assert found["loss"] == pytest.approx(exact.item(), rel=1e-9)
+
+
+def test_a_second_trainer_begins_with_the_first_rates():
+    model = small_t5()
+    optimizers = muon_adamw(model)
+    for _ in range(2):
+        trainer = Trainer(
+            model, batches, optimizers, schedule=linear_schedule(10, 2)
+        )
+        trainer.fit(9)
+        assert trainer.rates == [[0.005], [0.05, 0.3]]
 
 
 def test_a_small_t5_learns_one_batch_by_heart():
@@ -180,6 +311,11 @@ def test_cross_entropy_by_loop(smoothing, z_loss, v):
     logits, labels = drawn(v=v)
     ours = cross_entropy(logits, labels, smoothing, z_loss)
     assert abs(ours - slowly(logits, labels, smoothing, z_loss)) < 1e-12
+
+
+def test_labels_are_whole_numbers():
+    with pytest.raises(TypeError, match="label ids are torch.float32"):
+        cross_entropy(torch.randn(2, 3, 16), torch.full((2, 3), 0.7))
 
 
 def test_without_extras_it_is_that_of_pytorch_and_of_the_model():
