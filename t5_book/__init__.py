@@ -12,8 +12,9 @@ from t5_book.attention import (
     causal_mask,
     expand_padding_mask,
 )
-from t5_book.beam_search import (
+from t5_book.beams import (
     Beams,
+    beam_search,
     grow_beams,
     keep_best,
     may_improve,
@@ -139,6 +140,7 @@ __all__ = [
     "adafactor",
     "attention_weights",
     "batch_logits",
+    "beam_search",
     "bert_denoising",
     "causal_mask",
     "check_buckets",

@@ -61,8 +61,8 @@ def noise_counts(
 
 def _random_segmentation(total, parts, batch, generator):
     """Split ``total`` into positive parts ``[b p]``, all equally likely."""
-    shape, fine = (batch, total - 1), torch.float64
-    places = torch.rand(shape, generator=generator, dtype=fine)
+    shape, dtype = (batch, total - 1), torch.float64  # ties are rare
+    places = torch.rand(shape, generator=generator, dtype=dtype)
     cuts = places.argsort(dim=1)[:, : parts - 1].sort(dim=1).values + 1
     cuts = nn.functional.pad(cuts, (1, 0), value=0)
     return nn.functional.pad(cuts, (0, 1), value=total).diff(dim=1)

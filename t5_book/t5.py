@@ -228,12 +228,12 @@ class T5(nn.Module):
     def generate(self, src: Tensor, mask: Tensor | None = None, *,
                  num_beams: int = 1, **options) -> Tensor:
         """Write targets ``[b n]``: see ``generate``, ``beam_search``."""
-        from t5_book import beam_search, generation
+        from t5_book import beam_search, generate
 
         if num_beams == 1:
-            return generation.generate(self, src, mask, **options)
+            return generate(self, src, mask, **options)
         options["num_beams"] = num_beams
-        return beam_search.beam_search(self, src, mask, **options).ids
+        return beam_search(self, src, mask, **options).ids
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, dtype=None, device=None):

@@ -74,10 +74,10 @@ class Source:
             path.append(state)
         return self.emits[torch.stack(path, dim=1)]
 
-    def look_back(self, source: list[int], noise: int) -> list:
+    def look_ahead(self, source: list[int], noise: int) -> list:
         """Weigh, from the right, what may follow in and after each gap.
 
-        For each gap, two tensors ``[noise + 1, n]``: the chance of all text
+        For each gap, two tensors ``[noise + 1, n]``: the weight of all text
         to the right, from each state with so many hidden words used, if the
         gap ends here; and the same if it may also go on.
         """
@@ -116,7 +116,7 @@ class Source:
         without them, the likeliest tokens are taken for true. Returns log
         probability and likeliest token, for each token of the targets.
         """
-        gaps, targets = iter(self.look_back(source, noise)), iter(targets)
+        gaps, targets = iter(self.look_ahead(source, noise)), iter(targets)
         state, used, told = self.start, 0, []
         for word in source:
             if word != END:

@@ -33,7 +33,7 @@ SOURCES = {
     "t5": "the tasks, data and settings of those trainings",
     "t5x": "its successor in JAX, with flaxformer",
     "flaxformer": "the layers of some later models, for t5x",
-    "seqio": "the data pipeline and vocabularies of both",
+    "seqio": "the data pipeline and vocabularies of t5 and t5x",
     "transformers": "version 5.23 where no other is named",
     "superseded repository": "the T5 that this book grew out of",
 }
@@ -202,7 +202,7 @@ does as well. The last column leads to the paragraph in the chapter whose code c
 |---|---|---|
 {sources}
 
-A row counts for the first that it names. "The same" means that a reader of the source
+A row counts for the first source that it names. "The same" means that a reader of the source
 could have expected something else.
 """
 

@@ -1,7 +1,7 @@
 """Beam search: follow several beginnings of a text, return the best.
 
-Built in chapter 13, "Search for the best text"
-(chapters/13_beam_search.md). Edit the chapter, not this file.
+Built in chapter 13, "Search for the best text" (chapters/13_beams.md). Edit
+the chapter, not this file.
 """
 
 from typing import NamedTuple

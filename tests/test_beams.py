@@ -14,7 +14,7 @@ from writers import (
     write_with_reference,
 )
 
-from t5_book.beam_search import (
+from t5_book.beams import (
     Beams,
     beam_search,
     grow_beams,
