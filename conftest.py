@@ -6,6 +6,7 @@ stored in ``tools/outputs`` (``python tools/run.py --store`` writes them).
 With ``--nbval-lax`` the cells only have to run.
 """
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +27,10 @@ from runs import (
     text_outputs,
 )
 from source import NAME, BookError, read_chapter
+
+# Workers that share the cores must not each start a thread for every core:
+# the tests then take ten times as long. Chapters run with one thread, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
