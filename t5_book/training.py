@@ -48,7 +48,7 @@ def evaluate(
         for batch in batches:
             batch = batch._make(part.to(device) for part in batch)
             real = batch.labels != -100
-            logits = batch_logits(model, batch)[real].double()  # [n v]
+            logits = batch_logits(model, batch)[real].float()  # [n v]
             labels = batch.labels[real].long()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             right += (logits.argmax(dim=-1) == labels).sum().item()

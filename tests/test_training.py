@@ -236,7 +236,7 @@ def test_evaluate_needs_a_label():
             evaluate(model, nothing)
 
 
-def test_evaluate_sums_in_double():
+def test_evaluate_sums_in_float32():
     """In half precision a sum of a few thousand nats loses its digits."""
     model = small_t5().bfloat16().eval()
     many = [batches(step) for step in range(200)]
@@ -246,7 +246,7 @@ def test_evaluate_sums_in_double():
         logits = batch_logits(model, Batch(sources, mask, labels)).double()
     exact = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     found = evaluate(model, [Batch(sources, mask, labels.int())])
-    assert found["loss"] == pytest.approx(exact.item(), rel=1e-9)
+    assert found["loss"] == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_a_second_trainer_begins_with_the_first_rates():
