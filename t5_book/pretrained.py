@@ -122,7 +122,7 @@ def _add(weights: dict[str, Tensor], name: str, tensor: Tensor) -> None:
             weights[min(name, twin, key=_TABLES.index)] = weights.pop(twin)
             return
     if not name.endswith("EncDecAttention.relative_attention_bias.weight"):
-        weights[name] = tensor  # and those are read by nothing
+        weights[name] = tensor  # a bias of cross-attention: no reader
 
 
 def _read(files: list[Path], dtype, device) -> dict[str, Tensor]:

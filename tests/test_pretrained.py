@@ -397,6 +397,23 @@ def test_mixed_types_become_the_widest(copy):
     assert our_logits(model).isfinite().all()
 
 
+def test_mixed_types_are_converted_one_by_one(copy, monkeypatch):
+    """So that there is one copy of the weights, and not two."""
+    folder, weights = copy
+    write(folder, {n: w if ".wo." in n else w.half() for n, w in weights.items()})
+    convert, seen, alive = torch.Tensor.to, [], []
+
+    def noted(tensor, *where):
+        if where == (torch.float32,) and tensor.dtype == torch.float16:
+            alive.append(sum(old() is not None for old in seen))
+            seen.append(weakref.ref(tensor))
+        return convert(tensor, *where)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    T5.from_pretrained(folder)
+    assert len(alive) > 30 and max(alive) <= 1
+
+
 def test_device(originals):
     folder = originals["t5"][1]
     with torch.device("meta"):
