@@ -28,10 +28,12 @@ book: $(READY)
 
 # The chapters run first, with progress; pytest then compares their outputs
 # and runs again those that failed. (`pytest --nbval` runs them all itself.)
-# Its two workers take a file at a time, so the cells of a chapter stay in order.
+# Its two workers take a file at a time, so the cells of a chapter stay in order,
+# and the files by name: by their numbers of tests, the slow ones would be last.
 test: $(READY)
 	-$(RUN) tools/run.py
-	$(RUN) -m pytest --nbval --nbval-reuse -n 2 --dist loadfile
+	$(RUN) -m pytest --nbval --nbval-reuse -n 2 --dist loadfile \
+	  --no-loadscope-reorder
 
 lab: $(READY)
 	$(RUN) -m jupyterlab chapters
@@ -47,12 +49,13 @@ outputs: $(READY)
 clean:
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis
 
-# Installed once, and again when what is to be installed changes.
+# Installed once, and again when what is to be installed changes. Python
+# compiles what it imports; compiling all of it here would take minutes.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): some minutes, some 1.5 GB."
-	$(RUN) -m pip install --quiet -r requirements.txt
+	$(RUN) -m pip install --quiet --no-compile -r requirements.txt
 	$(RUN) -m pip install --quiet --no-deps -e .
 	@touch $@
