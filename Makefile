@@ -10,6 +10,9 @@ READY := $(VENV)/.t5-book-ready
 # its own number of threads.
 export OMP_NUM_THREADS ?= 1
 
+# Python keeps what it has compiled; else each process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help book test lab tidy outputs clean
 
 help:
