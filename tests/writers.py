@@ -1,62 +1,33 @@
 """Pairs of models, ours and ``transformers``', that write varied texts."""
 
 import torch
-from hugging_face import copy_weights, padding_masks
-from torch import Tensor, nn
-from transformers import (
-    MT5Config,
-    MT5ForConditionalGeneration,
-    UMT5Config,
-    UMT5ForConditionalGeneration,
+from hugging_face import (
+    FAMILIES,
+    copy_weights,
+    keywords,
+    make_reference,
+    padding_masks,
 )
-from transformers import T5Config as ReferenceConfig
-from transformers import T5ForConditionalGeneration as Reference
+from torch import Tensor, nn
 
 from t5_book.t5 import T5
 
-FAMILIES = ["t5", "t5-v1_1", "mt5", "byt5", "umt5"]
 VOCAB = 60
 START = dict(decoder_start_token_id=0, pad_token_id=0)
 
 
-def sizes_of(family: str) -> dict:
-    """The sizes of a small member of a family, named as the reference does.
-
-    A released ByT5 has three times as many encoder blocks as decoder
-    blocks, and heads that do not fill the width of the model.
-    """
-    sizes = dict(vocab_size=VOCAB, d_model=32, d_kv=8, num_heads=4, d_ff=48)
-    sizes |= dict(num_layers=2, num_decoder_layers=2)
-    if family == "byt5":
-        sizes |= dict(
-            d_kv=4, num_heads=6, num_layers=4, num_decoder_layers=1
-        )
-    return sizes
-
-
-def make_reference(family: str, seed: int) -> nn.Module:
-    """A model of ``transformers`` with strong random weights.
-
-    ``transformers`` 5.23 ties the head of every fresh model; all families
-    but the first are released untied, so we untie it.
-    """
-    torch.manual_seed(10 * FAMILIES.index(family) + seed)
-    config, kind = {
-        "mt5": (MT5Config, MT5ForConditionalGeneration),
-        "umt5": (UMT5Config, UMT5ForConditionalGeneration),
-    }.get(family, (ReferenceConfig, Reference))
-    gated = "relu" if family == "t5" else "gated-gelu"
-    sizes = sizes_of(family) | START
-    reference = kind(
-        config(**sizes, feed_forward_proj=gated, dropout_rate=0.0)
-    ).eval()
-    if family != "t5":
-        head = torch.empty(VOCAB, reference.config.d_model)
-        reference.lm_head.weight = nn.Parameter(head)
-        reference.config.scale_decoder_outputs = False
+def make_writers(family: str, seed: int = 0) -> tuple[T5, nn.Module]:
+    """A reference with strong random weights, and ours with the same."""
+    sizes = dict(vocab_size=VOCAB, d_model=32, d_ff=48)
+    # So small, their rows end at many places.
+    sizes |= dict(d_kv=4) if family == "byt5" else dict(num_layers=2)
+    reference = make_reference(family, **sizes)
+    torch.manual_seed(10 * list(FAMILIES).index(family) + seed)
     for name, weight in reference.named_parameters():
         weight.data = strong_weight(name, weight, family)
-    return reference
+    ours = T5(**keywords(family, reference.config)).eval()
+    copy_weights(ours, reference)
+    return ours, reference
 
 
 def strong_weight(name: str, weight: Tensor, family: str) -> Tensor:
@@ -68,35 +39,11 @@ def strong_weight(name: str, weight: Tensor, family: str) -> Tensor:
         return (30 if large else 1) * (1 + 0.3 * noise)
     if "relative_attention_bias" in name:
         return noise
-    if "lm_head" in name:  # that of UMT5 is scaled by 32 ** -0.5
-        return noise * (2.0 if family == "umt5" else 0.3)
+    if "lm_head" in name:
+        return noise * 0.3
     if "shared" in name:
         return noise * (0.05 if tied else 0.3)
     return noise * 1.5 * weight.shape[1] ** -0.5
-
-
-def make_writers(family: str, seed: int = 0) -> tuple[T5, nn.Module]:
-    """Our model and the reference, with the same weights.
-
-    ``transformers`` 5.23 scales the logits of UMT5, although its head is
-    untied; so for this comparison ours does, too.
-    """
-    reference = make_reference(family, seed)
-    theirs, config = reference.config, {}
-    depths = {"enc": theirs.num_layers, "dec": theirs.num_decoder_layers}
-    for side, depth in depths.items():
-        config[f"{side}_num_tokens"] = theirs.vocab_size
-        config[f"{side}_depth"] = depth
-        config[f"{side}_heads"] = theirs.num_heads
-        config[f"{side}_dim_head"] = theirs.d_kv
-        config[f"{side}_mlp_mult"] = theirs.d_ff / theirs.d_model
-    if family != "t5":
-        config |= dict(feed_forward="gated-gelu", tie_head=False)
-    if family == "umt5":
-        config |= dict(bias_per_layer=True, scale_logits=True)
-    ours = T5(dim=theirs.d_model, **config).eval()
-    copy_weights(ours, reference)
-    return ours, reference
 
 
 def make_ending_writers(family: str, seed: int = 0) -> tuple[T5, nn.Module]:
