@@ -52,12 +52,13 @@ outputs: $(READY)
 clean:
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis
 
-# Installed once, and again when what is to be installed changes. Python
-# compiles what it imports; compiling all of it here would take minutes.
+# Installed once, and again when what is to be installed changes. A new pip
+# resolves in a third of the time. Python compiles what it imports; compiling
+# all of it here would take minutes.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	test -x $(RUN) || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	@echo "Installing into $(VENV): some minutes, some 1.5 GB."
 	$(RUN) -m pip install --quiet --no-compile -r requirements.txt
 	$(RUN) -m pip install --quiet --no-deps -e .

@@ -227,7 +227,7 @@ class T5(nn.Module):
 
     def generate(self, src: Tensor, mask: Tensor | None = None, *,
                  num_beams: int = 1, **options) -> Tensor:
-        """Write targets ``[b n]``: see ``generate``, ``beam_search``."""
+        """Write ``[b n]`` by ``generate``; with beams, ``beam_search``."""
         from t5_book import beam_search, generate
 
         if num_beams == 1:
