@@ -155,13 +155,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"{type(text)} is no text; pass one str")
         if self.extra_ids:
-            text = _SENTINEL.sub(self._separate, text)
+            for k in re.findall(_SENTINEL, text):
+                self.sentinel(int(k))  # which must exist
+            text = re.sub(f"(?<=[^ ]){_SENTINEL}", r" \g<0>", text)
         return self._processor.encode(text)
-
-    def _separate(self, match: re.Match) -> str:
-        """Put a space before a sentinel, which must exist."""
-        self.sentinel(int(match[1]))
-        return f" <extra_id_{match[1]}>"
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn token ids into text; sentinels show, pad and eos do not.
@@ -247,4 +244,4 @@ def _explain(error: str, size: int) -> str:
     return f"SentencePiece could not train: {error}"
 
 
-_SENTINEL = re.compile(r"\s*<extra_id_(0|[1-9][0-9]*)>")
+_SENTINEL = r"<extra_id_(0|[1-9][0-9]*)>"

@@ -554,6 +554,8 @@ def test_every_configuration_comes_back(tmp_path, tie, scale, per_layer):
     model.save_pretrained(tmp_path)
     again = T5.from_pretrained(tmp_path)
     assert again.config == model.config
+    entries = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert entries["tie_word_embeddings"] is tie  # transformers 4 obeys it
     src, tgt, mask = inputs()
     src, tgt = src % 40, tgt % 40
     with torch.no_grad():

@@ -136,6 +136,7 @@ def test_encode_appends_no_eos(tokenizer):
         "the  <extra_id_1>   value",
         "the <extra_id_1> <extra_id_2>",
         "the <extra_id_> <extra_id_x> <extra_id_01>",
+        "the\x85 <extra_id_1>",
         "the ﬁrst\tvalue\n",
     ],
 )
@@ -145,6 +146,20 @@ def test_as_seqio(tokenizer, text):
     assert tokenizer.decode(theirs.encode(text)) == theirs.decode(
         theirs.encode(text)
     )
+
+
+def test_spaces_stay_where_a_model_keeps_them():
+    model = BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, vocab_size=500,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=3,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(model.getvalue())
+    for before in ("", "  ", "the ", "the  ", "the\t ", "\x85 "):
+        text = f"{before}<extra_id_1> value"
+        theirs = seqio_processor(tokenizer).encode(text)
+        assert tokenizer.encode(text) == theirs
 
 
 def test_sentinel_inside_a_word(tokenizer):
