@@ -160,6 +160,7 @@ def test_spaces_stay_where_a_model_keeps_them():
         text = f"{before}<extra_id_1> value"
         theirs = seqio_processor(tokenizer).encode(text)
         assert tokenizer.encode(text) == theirs
+    assert tokenizer.encode("the\t<extra_id_1>")[-1] == tokenizer.sentinel(1)
 
 
 def test_sentinel_inside_a_word(tokenizer):
