@@ -4,6 +4,8 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 
 from draw_maps import BOXES, CHAPTER_PARTS, LIT, draw_map, is_lit, map_path
 from source import CHAPTERS, read_chapters
@@ -46,6 +48,14 @@ def test_boxes_do_not_overlap():
                 or two.y + two.height <= one.y
             )
             assert apart, (one.label, two.label)
+
+
+def test_labels_fit_their_boxes():
+    """Also in bold, in a font as wide as any that a reader has."""
+    font = FontProperties(family="DejaVu Sans", weight="bold")
+    for box in BOXES:
+        label = TextPath((0, 0), box.label, size=20, prop=font)
+        assert label.get_extents().width + 16 <= box.width, box.label
 
 
 def test_text_is_readable_on_a_phone():

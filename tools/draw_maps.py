@@ -77,8 +77,8 @@ DECODER = Box(
     "decoder", "decoder · 10", RIGHT, 196, COLUMN, 330, frame=True
 )
 BOXES = [
-    Box("text", "text · 1, 4", LEFT, 24, 152, 50),
-    Box("tokens", "tokens · 2, 14", 212, 24, 152, 50),
+    Box("text", "text · 1, 4", LEFT, 24, 128, 50),
+    Box("tokens", "tokens · 2, 14", 188, 24, 176, 50),
     Box("spans", "hide spans · 3, 16", 400, 24, 216, 50),
     Box("model", "embedding · 11", LEFT, 128, COLUMN, 42),
     Box("model", "embedding · 11", RIGHT, 128, COLUMN, 42),
@@ -93,7 +93,7 @@ BOXES = [
     Box("generation", "text", LEFT, 624, COLUMN, 46),
 ]
 ARROWS = [
-    "M176 49 H206",
+    "M152 49 H182",
     "M364 49 H394",
     "M508 74 V98 H165 V122",
     "M508 98 H475 V122",
