@@ -53,8 +53,8 @@ clean:
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis
 
 # Installed once, and again when what is to be installed changes. A new pip
-# resolves in a third of the time. Python compiles what it imports; compiling
-# all of it here would take minutes.
+# saves some half a minute. Python compiles what it imports; compiling all of it
+# here would take minutes.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
