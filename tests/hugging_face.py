@@ -173,11 +173,7 @@ def make_pair(feed_forward="relu", seed=0, **ours) -> tuple[T5, Reference]:
     torch.manual_seed(seed)
     config = SMALL | dict(feed_forward_proj=feed_forward, dropout_rate=0.0)
     reference = Reference(ReferenceConfig(**config)).eval()
-    for name, weight in reference.named_parameters():
-        if weight.ndim == 1:  # norms start at one, which would hide bugs
-            weight.data += 0.3 * torch.randn_like(weight)
-        if "relative_attention_bias" in name:  # small, likewise
-            weight.data *= 10
+    perturb(reference)
     model = make_ours(feed_forward=feed_forward, **ours).eval()
     copy_weights(model, reference)
     return model, reference
@@ -185,18 +181,7 @@ def make_pair(feed_forward="relu", seed=0, **ours) -> tuple[T5, Reference]:
 
 def make_ours(**extra) -> T5:
     """Our T5 in the sizes of the reference."""
-    sides = {
-        f"{side}_{name}": value
-        for side in ("enc", "dec")
-        for name, value in dict(
-            num_tokens=SIZES["num_tokens"],
-            depth=SIZES["depth"] if side == "enc" else SIZES["dec_depth"],
-            heads=SIZES["heads"],
-            dim_head=SIZES["dim_head"],
-            mlp_mult=2,
-        ).items()
-    }
-    return T5(dim=SIZES["dim"], **sides, **extra)
+    return T5(**keywords("t5", ReferenceConfig(**SMALL)) | extra)
 
 
 # --- Inputs and differences -----------------------------------------------
