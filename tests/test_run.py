@@ -28,7 +28,7 @@ Path("{mine}").write_text("done")
 ALONE = """
 from pathlib import Path
 
-done = [path.read_text() for path in sorted(Path().glob("chapter-*"))]
+done = [path.read_text() for path in sorted(Path("..").glob("chapter-*"))]
 print("ran before:", len(done))
 assert done == ["done", "done"]
 """
@@ -37,7 +37,7 @@ assert done == ["done", "done"]
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     """A book of four chapters: two that wait for each other, a bad one."""
-    one, two = "chapter-1", "chapter-2"
+    one, two = "../chapter-1", "../chapter-2"
     book = make_book(
         tmp_path,
         ["01_one.md", MODULE, cell(MEET.format(mine=one, other=two))],
@@ -95,7 +95,7 @@ def test_chapters_run_side_by_side_the_last_alone(book, run):
 
 def test_chapters_run_again_only_if_something_changed(book, run):
     for path in ("chapter-1", "chapter-2"):
-        (book / "chapters" / path).touch()
+        (book / path).touch()
     run("1", "2")
     replace(book / "t5_book/one.py", "return 1", "return 3")
     _, lines, _ = run("1", "2", "--jobs=1")
@@ -103,10 +103,20 @@ def test_chapters_run_again_only_if_something_changed(book, run):
     assert "02_two" in lines[1] and "unchanged" not in lines[1]
 
 
+def test_what_changes_while_a_chapter_runs_is_too_late_for_it(book, run):
+    module = "Path('../t5_book/one.py')"
+    late = f"{module}.write_text({module}.read_text() + '# late')"
+    replace(book / "chapters/03_three.md", "print(nothing)", late)
+    replace(book / "chapters/03_three.md", "print('fine')", "from pathlib import Path")
+    for _ in range(2):
+        code, lines, error = run("3")
+        assert code == 0 and "unchanged" not in lines[0], error
+
+
 def test_all_failures_are_shown(book, run):
     replace(book / "chapters/04_four.md", "assert", "assert not")
-    (book / "chapters/chapter-1").write_text("done")
-    (book / "chapters/chapter-2").write_text("done")
+    (book / "chapter-1").write_text("done")
+    (book / "chapter-2").write_text("done")
     code, _, error = run("03_three", "chapters/04_four.md")
     assert code == 1 and "NameError" in error and "AssertionError" in error
 

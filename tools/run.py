@@ -36,6 +36,7 @@ from runs import (
     keep_run,
     open_cache,
     read_notebook,
+    run_key,
     store_outputs,
 )
 from source import CHAPTERS, BookError, Chapter, read_chapters
@@ -178,14 +179,14 @@ async def run(
     result = "unchanged"
     if notebook is None:
         async with free:
-            started = time.perf_counter()
+            started, key = time.perf_counter(), run_key(chapter)
             try:
                 notebook = await execute(chapter, progress)
             except BookError as error:
                 progress.end(chapter, "failed")
                 return str(error)
             seconds = time.perf_counter() - started
-        keep_run(chapter, notebook, seconds)
+        keep_run(chapter, notebook, key, seconds)
         result = f"{seconds:6.1f} s"
     if options.store and store_outputs(chapter.path, notebook):
         result += ", new outputs stored"

@@ -91,13 +91,19 @@ def find_run(chapter: Chapter) -> NotebookNode | None:
     return cache.merge_match_into_notebook(notebook)[1]
 
 
-def keep_run(chapter: Chapter, notebook: NotebookNode, seconds: float):
-    """Put a run into the cache, in place of earlier runs of the chapter."""
+def keep_run(
+    chapter: Chapter, notebook: NotebookNode, key: str, seconds: float
+):
+    """Put a run into the cache, in place of earlier runs of the chapter.
+
+    ``key`` is the ``run_key`` from before the run: what changes while a
+    chapter runs has come too late for it.
+    """
     root = chapter.path.parent.parent
     cache = open_cache(root)
     name = str(chapter.path.relative_to(root))
     drop_runs(cache, lambda uri: uri == name)
-    data = {"execution_seconds": seconds, "key": run_key(chapter)}
+    data = {"execution_seconds": seconds, "key": key}
     bundle = CacheBundleIn(notebook, name, data=data)
     cache.cache_notebook_bundle(bundle, overwrite=True)
     # Sphinx reads a page anew only if its text changed or this is missing.
