@@ -8,8 +8,9 @@
 A chapter runs again only if its code, an earlier module, a file beside it
 or a pinned package changed. The site shows the outputs that are kept here.
 
-Chapters run side by side, one a core. The last one trains with several
-threads, so it waits for the others and has the machine to itself.
+Chapters run side by side, one a core, and start in their order. So the last
+one, which trains for minutes with several threads, has the machine to
+itself for most of its time.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         chapters = read_chapters(options.folder)
         drop_orphans(chapters)
         chosen = choose(chapters, options.chapters)
-        failures = run_sync(run_all)(chosen, chapters[-1], options)
+        progress = Progress(chapters[-1].number)
+        failures = run_sync(run_all)(chosen, progress, options)
     except BookError as error:
         failures = [str(error)]
     except KeyboardInterrupt:
@@ -148,9 +150,9 @@ class Progress:
 
 
 async def run_all(
-    chapters: list[Chapter], last: Chapter, options: argparse.Namespace
+    chapters: list[Chapter], progress: Progress, options: argparse.Namespace
 ) -> list[str]:
-    """Run chapters side by side, the book's last one alone.
+    """Run chapters side by side.
 
     Everything but the kernels is in this one thread, so that two chapters
     never write to the cache at once. A failure stops no other chapter.
@@ -158,13 +160,10 @@ async def run_all(
     Returns:
         What went wrong, a text for each chapter that failed.
     """
-    progress = Progress(last.number)
     free = asyncio.Semaphore(options.jobs)
     results = await asyncio.gather(
-        *(run(c, free, progress, options) for c in chapters if c != last)
+        *(run(chapter, free, progress, options) for chapter in chapters)
     )
-    if last in chapters:
-        results.append(await run(last, free, progress, options))
     return [text for text in results if text]
 
 
