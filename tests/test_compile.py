@@ -74,6 +74,22 @@ def test_the_code_of_inductor_gives_the_same_numbers():
         assert difference(encode(src, mask), model.encode(src, mask)) <= 1e-5
 
 
+def test_an_encoder_by_itself_is_one_graph():
+    encoder = small_t5().encoder
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    x, mask = torch.randn(3, 9, 24), padding_masks(3, 9)
+    assert difference(compiled(x, mask), encoder(x, mask)) <= 1e-6
+
+
+def test_a_decoder_by_itself_is_one_graph():
+    decoder = small_t5().decoder
+    compiled = torch.compile(decoder, fullgraph=True, backend="eager")
+    x, memory = torch.randn(3, 9, 24), torch.randn(3, 7, 24)
+    masks = padding_masks(3, 9), padding_masks(3, 7)
+    ours, plain = compiled(x, memory, *masks), decoder(x, memory, *masks)
+    assert difference(ours, plain) <= 1e-6
+
+
 # --- torch.export ---------------------------------------------------------
 
 

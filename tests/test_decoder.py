@@ -310,15 +310,6 @@ def test_every_weight_gets_a_gradient():
         assert weight.grad is not None and weight.grad.any(), name
 
 
-def test_compiles_to_one_graph():
-    decoder = Decoder(**SMALL).eval()
-    compiled = torch.compile(decoder, fullgraph=True, backend="eager")
-    x, memory = torch.randn(3, 9, 16), torch.randn(3, 7, 16)
-    masks = padding_masks(3, 9), padding_masks(3, 7)
-    ours, plain = compiled(x, memory, *masks), decoder(x, memory, *masks)
-    assert torch.allclose(ours, plain, atol=1e-6)
-
-
 # --- Errors ---------------------------------------------------------------
 
 

@@ -170,13 +170,6 @@ def test_every_weight_gets_a_gradient():
         assert weight.grad is not None and weight.grad.any(), name
 
 
-def test_compiles_to_one_graph():
-    encoder = Encoder(**SMALL).eval()
-    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
-    x, mask = torch.randn(3, 9, 16), padding_masks(3, 9)
-    assert torch.allclose(compiled(x, mask), encoder(x, mask), atol=1e-6)
-
-
 # --- Errors ---------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from jupytext.myst import myst_to_notebook
@@ -92,11 +93,12 @@ def read_chapter(path: Path) -> Chapter:
     if not title:
         raise BookError(f"{path.name} has no heading: start it with '# '")
     plain = title[1].strip().replace("`", "").replace("*", "")
-    cells = tuple(code_cells(path.name, text))
+    cells = code_cells(path.name, text)
     return Chapter(path, int(name["number"]), name["module"], plain, cells)
 
 
-def code_cells(name: str, text: str) -> list[Cell]:
+@cache
+def code_cells(name: str, text: str) -> tuple[Cell, ...]:
     """Find the code cells of a chapter's text, with their lines."""
     notebook = myst_to_notebook(text, add_source_map=True)
     lines, cells = text.splitlines(), []
@@ -110,4 +112,4 @@ def code_cells(name: str, text: str) -> list[Cell]:
             start += 1  # skip the cell's options
         tags = frozenset(cell.metadata.get("tags", ()))
         cells.append(Cell(name, len(cells), start, cell.source, tags))
-    return cells
+    return tuple(cells)
