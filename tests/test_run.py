@@ -86,7 +86,8 @@ def test_chapters_run_side_by_side(book, run):
 def test_chapters_run_again_only_if_something_changed(book, run):
     for path in ("chapter-1", "chapter-2"):
         (book / path).touch()
-    run("1", "2")
+    _, lines, _ = run("1", "2", "--jobs=1")
+    assert "01_one" in lines[0] and "02_two" in lines[1], "not in order"
     replace(book / "t5_book/one.py", "return 1", "return 3")
     _, lines, _ = run("1", "2", "--jobs=1")
     assert "01_one" in lines[0] and "unchanged" in lines[0]
