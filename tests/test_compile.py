@@ -1,12 +1,16 @@
 """``torch.compile`` of the model, and ``torch.export`` of its halves."""
 
+import shutil
+import sysconfig
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
 from hugging_face import difference, padding_masks, random_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor
 from torch.export import Dim, export
 
 from t5_book.t5 import T5
@@ -52,26 +56,23 @@ def compile_anew():
 # --- torch.compile --------------------------------------------------------
 
 
+def default_backend():
+    """That of ``torch.compile``; all but its C++ if that can't be compiled."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    can_compile = shutil.which(inductor.cpp.cxx[1]) and headers.exists()
+    return "inductor" if can_compile else "aot_eager"
+
+
 def test_one_graph_serves_every_length():
-    """All of ``torch.compile`` but the code that inductor writes."""
     model = small_t5(feed_forward="gated-gelu", tie_head=False)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(default_backend())
     compiled = torch.compile(
         model, fullgraph=True, dynamic=True, backend=counter
     )
     for shape in SHAPES:
         batch = inputs(*shape)
-        assert difference(compiled(*batch), model(*batch)) <= 1e-6
+        assert difference(compiled(*batch), model(*batch)) <= 1e-5
     assert counter.frame_count == 1
-
-
-def test_the_code_of_inductor_gives_the_same_numbers():
-    """For the encoder alone: it takes a compiler of C++ some time."""
-    model = small_t5()
-    encode = torch.compile(model.encode, fullgraph=True, dynamic=True)
-    for batch, s_len, _ in SHAPES:
-        src, _, mask = inputs(batch, s_len, 1)
-        assert difference(encode(src, mask), model.encode(src, mask)) <= 1e-5
 
 
 def test_an_encoder_by_itself_is_one_graph():
