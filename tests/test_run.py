@@ -97,8 +97,9 @@ def test_chapters_run_again_only_if_something_changed(book, run):
 def test_what_changes_while_a_chapter_runs_is_too_late_for_it(book, run):
     module = "Path('../t5_book/one.py')"
     late = f"{module}.write_text({module}.read_text() + '# late')"
-    replace(book / "chapters/03_three.md", "print(nothing)", late)
-    replace(book / "chapters/03_three.md", "print('fine')", "from pathlib import Path")
+    chapter = book / "chapters/03_three.md"
+    replace(chapter, "print('fine')", "from pathlib import Path")
+    replace(chapter, "print(nothing)", late)
     for _ in range(2):
         code, lines, error = run("3")
         assert code == 0 and "unchanged" not in lines[0], error

@@ -23,7 +23,7 @@ from myst_nb.core.read import read_myst_markdown_notebook
 from nbformat import NotebookNode
 from nbval.plugin import coalesce_streams
 
-from source import NAME, BookError, Chapter, chapter_paths
+from source import BookError, Chapter, read_chapters
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -55,11 +55,10 @@ def run_key(chapter: Chapter) -> str:
     """
     folder = chapter.path.parent
     root = folder.parent
-    modules = [
-        root / "t5_book" / f"{NAME.fullmatch(path.name)['module']}.py"
-        for path in chapter_paths(folder)
-        if path.name < chapter.path.name
+    earlier = [
+        c for c in read_chapters(folder) if c.number < chapter.number
     ]
+    modules = [root / "t5_book" / f"{c.module}.py" for c in earlier]
     beside = [
         p for p in folder.iterdir() if p.suffix not in (".md", ".svg")
     ]

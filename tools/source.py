@@ -54,18 +54,13 @@ class Chapter:
         return [cell for cell in self.cells if "export" in cell.tags]
 
 
-def chapter_paths(folder: Path) -> list[Path]:
-    """Find the files of the chapters, in the order of their numbers."""
-    return sorted(p for p in folder.glob("*.md") if NAME.fullmatch(p.name))
-
-
 def read_chapters(folder: Path = CHAPTERS) -> list[Chapter]:
     """Read every chapter of a folder, in the order of their numbers.
 
     Raises:
         BookError: if there is none, or if two bear the same number.
     """
-    paths = chapter_paths(folder)
+    paths = sorted(p for p in folder.glob("*.md") if NAME.fullmatch(p.name))
     if not paths:
         raise BookError(f"no chapters (NN_name.md) in {folder}")
     chapters = [read_chapter(path) for path in paths]
