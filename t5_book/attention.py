@@ -1,7 +1,7 @@
 """Multi-head attention as T5 has it: no scaling and no bias vectors.
 
 Built in chapter 6, "Let every token look at every other"
-(chapters/06_attention.md). Edit the chapter, not this file.
+(chapters/attention.md). Edit the chapter, not this file.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Beam search: follow several beginnings of a text, return the best.
 
-Built in chapter 13, "Search for the best text" (chapters/13_beams.md). Edit
+Built in chapter 13, "Search for the best text" (chapters/beams.md). Edit
 the chapter, not this file.
 """
 

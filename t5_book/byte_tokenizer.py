@@ -1,7 +1,7 @@
 """Text to bytes and back: the tokenizer of ByT5.
 
 Built in chapter 14, "Read bytes instead of words"
-(chapters/14_byte_tokenizer.md). Edit the chapter, not this file.
+(chapters/byte_tokenizer.md). Edit the chapter, not this file.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The decoder: blocks that write the target and look at the source.
 
-Built in chapter 10, "Write the target" (chapters/10_decoder.md). Edit the
+Built in chapter 10, "Write the target" (chapters/decoder.md). Edit the
 chapter, not this file.
 """
 
@@ -15,7 +15,11 @@ from t5_book.feed_forward import make_feed_forward
 from t5_book.relative_position import RelativePositionBias
 from t5_book.rms_norm import RMSNorm
 
-__all__ = ["BlockCache", "Decoder", "DecoderBlock"]
+__all__ = [
+    "BlockCache",
+    "Decoder",
+    "DecoderBlock",
+]
 
 
 class BlockCache:

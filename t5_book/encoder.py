@@ -1,6 +1,6 @@
 """The encoder: blocks that read the source and add to what they read.
 
-Built in chapter 9, "Read the source" (chapters/09_encoder.md). Edit the
+Built in chapter 9, "Read the source" (chapters/encoder.md). Edit the
 chapter, not this file.
 """
 

@@ -1,7 +1,7 @@
 """Feed-forward layers: with a ReLU (T5 1.0) or a gated GELU (T5 1.1).
 
 Built in chapter 8, "Think about each token alone"
-(chapters/08_feed_forward.md). Edit the chapter, not this file.
+(chapters/feed_forward.md). Edit the chapter, not this file.
 """
 
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """Writing text: greedy or by lot, with a cache of keys and values.
 
-Built in chapter 12, "Generate text" (chapters/12_generation.md). Edit the
+Built in chapter 12, "Generate text" (chapters/generation.md). Edit the
 chapter, not this file.
 """
 
@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from t5_book.t5 import T5, check_ids
+from t5_book.encoder import check_ids
+from t5_book.t5 import T5
 
 __all__ = [
     "TargetReader",

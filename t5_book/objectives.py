@@ -1,7 +1,7 @@
 """Objectives of the paper's section 3 and of UL2, and packed rows.
 
-Built in chapter 16, "Ask in other ways" (chapters/16_objectives.md). Edit
-the chapter, not this file.
+Built in chapter 16, "Ask in other ways" (chapters/objectives.md). Edit the
+chapter, not this file.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

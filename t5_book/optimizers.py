@@ -1,7 +1,7 @@
 """Optimizers: how far each weight of T5 goes at each step.
 
-Built in chapter 17, "Decide how far to step" (chapters/17_optimizers.md).
-Edit the chapter, not this file.
+Built in chapter 17, "Decide how far to step" (chapters/optimizers.md). Edit
+the chapter, not this file.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Released weights in and out, in the files that transformers uses.
 
-Built in chapter 15, "Load the released T5" (chapters/15_pretrained.md).
-Edit the chapter, not this file.
+Built in chapter 15, "Load the released T5" (chapters/pretrained.md). Edit
+the chapter, not this file.
 """
 
 import json
@@ -19,7 +19,11 @@ from tqdm.auto import tqdm
 from t5_book.byte_tokenizer import find_weights
 from t5_book.t5 import T5, T5Config
 
-__all__ = ["load_pretrained", "released_name", "save_pretrained"]
+__all__ = [
+    "load_pretrained",
+    "released_name",
+    "save_pretrained",
+]
 
 _TABLE, _HEAD = "shared.weight", "lm_head.weight"
 _TABLES = (_TABLE, "encoder.embed_tokens.weight",

@@ -1,7 +1,7 @@
 """Relative position bias: the one thing in T5 that knows of order.
 
-Built in chapter 7, "Tell T5 who is near"
-(chapters/07_relative_position.md). Edit the chapter, not this file.
+Built in chapter 7, "Tell T5 who is near" (chapters/relative_position.md).
+Edit the chapter, not this file.
 """
 
 import math

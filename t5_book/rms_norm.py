@@ -1,13 +1,15 @@
 """RMSNorm: T5's layer normalisation, which rescales and never recentres.
 
-Built in chapter 5, "Rescale without recentring" (chapters/05_rms_norm.md).
+Built in chapter 5, "Rescale without recentring" (chapters/rms_norm.md).
 Edit the chapter, not this file.
 """
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm"]
+__all__ = [
+    "RMSNorm",
+]
 
 
 class RMSNorm(nn.Module):

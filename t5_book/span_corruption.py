@@ -1,7 +1,7 @@
 """Span corruption: hide spans of a text and ask for them back.
 
 Built in chapter 3, "Hide spans and ask for them back"
-(chapters/03_span_corruption.md). Edit the chapter, not this file.
+(chapters/span_corruption.md). Edit the chapter, not this file.
 """
 
 from collections.abc import Sequence

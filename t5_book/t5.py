@@ -1,7 +1,7 @@
 """The whole T5: its configuration, the released sizes, and the model.
 
-Built in chapter 11, "Assemble T5" (chapters/11_t5.md). Edit the chapter,
-not this file.
+Built in chapter 11, "Assemble T5" (chapters/t5.md). Edit the chapter, not
+this file.
 """
 
 import json
@@ -14,7 +14,11 @@ from torch.nn import functional as F
 from t5_book.decoder import Decoder
 from t5_book.encoder import Encoder, check_ids
 
-__all__ = ["PRESETS", "T5", "T5Config"]
+__all__ = [
+    "PRESETS",
+    "T5",
+    "T5Config",
+]
 
 
 @dataclass(frozen=True)

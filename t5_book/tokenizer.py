@@ -1,6 +1,6 @@
 """Text to token ids and back: SentencePiece, with T5's sentinels on top.
 
-Built in chapter 2, "Turn text into tokens" (chapters/02_tokenizer.md). Edit
+Built in chapter 2, "Turn text into tokens" (chapters/tokenizer.md). Edit
 the chapter, not this file.
 """
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-__all__ = ["Tokenizer"]
+__all__ = [
+    "Tokenizer",
+]
 
 _USER_DEFINED = 4  # the kind of a piece that is never cut
 

@@ -4,7 +4,7 @@ A ``Source`` draws text, and knows the exact chance of each filling of a
 gap, which no model can beat. The book trains on ``ToyLanguage``.
 
 Built in chapter 4, "Speak a language whose best answers are known"
-(chapters/04_toy_language.md). Edit the chapter, not this file.
+(chapters/toy_language.md). Edit the chapter, not this file.
 """
 
 from collections import namedtuple
@@ -15,7 +15,14 @@ from torch import Tensor
 
 from t5_book.span_corruption import corrupt_spans
 
-__all__ = ["END", "SLOTS", "STORIES", "Filling", "Source", "ToyLanguage"]
+__all__ = [
+    "END",
+    "SLOTS",
+    "STORIES",
+    "Filling",
+    "Source",
+    "ToyLanguage",
+]
 
 END = -1  # a gap in a text, or the end of a gap
 

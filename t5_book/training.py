@@ -1,7 +1,7 @@
 """Training: evaluation, and a loop that can be stopped and resumed.
 
-Built in chapter 18, "Set up the training" (chapters/18_training.md). Edit
-the chapter, not this file.
+Built in chapter 18, "Set up the training" (chapters/training.md). Edit the
+chapter, not this file.
 """
 
 import json
@@ -20,7 +20,11 @@ from t5_book.generation import evaluating
 from t5_book.objectives import PackedBatch, batch_logits
 from t5_book.span_corruption import Batch
 
-__all__ = ["Trainer", "cross_entropy", "evaluate"]
+__all__ = [
+    "Trainer",
+    "cross_entropy",
+    "evaluate",
+]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Links to the repository: its address stands in ``_config.yml`` (``repository:
 url``). Buttons that need one are on when it is set, and off while it is
 empty.
 
-Links to a label of another page, ``06_attention.md#attention-masks``: MyST
+Links to a label of another page, ``attention.md#attention-masks``: MyST
 knows them for headings alone. In JupyterLab they open the chapter, too.
 """
 

@@ -1,6 +1,6 @@
 """Draw the small map of T5 that opens each chapter.
 
-    python tools/draw_maps.py      write chapters/images/map_01.svg, ...
+    python tools/draw_maps.py      write chapters/images/map_text_to_text.svg, ...
 
 It is the same map every time: text becomes tokens, tokens lose spans, the
 encoder reads what is left, the decoder writes what is missing. The part that

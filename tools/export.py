@@ -3,12 +3,12 @@
     python tools/export.py            write t5_book/
     python tools/export.py --check    print what would change, exit 1
 
-Chapter ``06_attention.md`` becomes ``t5_book/attention.py``. Cells are
-taken apart by syntax tree and put together again by source text, so
-comments and layout stay as written. Imports are gathered at the top; those
-that nothing uses are left out. ``class T5(T5):`` in a later cell, or a
-later chapter, goes on with a class: its methods move into the class itself,
-and a method of a known name replaces the earlier one.
+Chapter ``attention.md`` becomes ``t5_book/attention.py``. A cell that belongs
+to another module says so in its first line: ``# t5_book/masks.py``. Code
+stays as it is written, comments included; imports move to the top, where
+ruff sorts them and drops those that nothing uses. A function under
+``@add_to(Cls)`` becomes a method of ``Cls``, and a later definition of a name
+replaces the earlier one.
 """
 
 from __future__ import annotations
@@ -16,245 +16,312 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import textwrap
 import tomllib
-from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fold import Module, Piece, bound, build, by_type, check_order
-from source import CHAPTERS, PACKAGE, ROOT, BookError, read_chapters
+from book import ROOT, BookError, Cell, Chapter, read_chapters
 
-WIDTH = 76
+PACKAGE = "t5_book"
+HOME = re.compile(rf"# {PACKAGE}/(\w+)\.py\n")
+INIT = f'''"""T5, built chapter by chapter: the package of the T5 book.
 
+>>> from {PACKAGE} import T5
 
-def render(module: Module) -> str:
-    """The text of a module."""
-    used = {n for p in module.pieces for n in used_names(p)}
-    imports = [e for e in module.imports if bound(e) in used]
-    parts = [render_docstring(module)]
-    if imports:
-        parts.append(render_imports(imports))
-    parts.append(render_all(module.public))
-    head = "\n\n".join(parts)
-    text = head + join(module.pieces, between="\n\n\n")
-    return text + "\n"
-
-
-def used_names(piece: Piece) -> set[str]:
-    """Every name that a piece mentions, with those of its members."""
-    node = piece.node
-    if piece.kind == "class":
-        outer = [*node.bases, *node.keywords, *node.decorator_list]
-        names = {n for part in outer for n in mentions(part)}
-        return names.union(*(used_names(m) for m in piece.members))
-    return mentions(node)
-
-
-def mentions(node: ast.AST) -> set[str]:
-    """Every name in a syntax tree."""
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
-
-def render_docstring(module: Module) -> str:
-    """The module's docstring, with a line on where it was built."""
-    chapter = module.chapter
-    text = module.docstring.text.rstrip()
-    quotes = text[-3:]
-    if quotes not in ('"""', "'''"):
-        where = module.docstring.where
-        raise BookError(f"{where}: use triple quotes for the docstring")
-    origin = (
-        f'Built in chapter {chapter.number}, "{chapter.title}" '
-        f"(chapters/{chapter.path.name}). Edit the chapter, not this file."
-    )
-    lines = textwrap.wrap(origin, WIDTH, break_on_hyphens=False)
-    return "\n".join([text[:-3].rstrip(), "", *lines, quotes])
-
-
-def render_imports(imports: list[tuple[str, str, str]]) -> str:
-    """Import statements in the usual groups, sorted."""
-    groups = defaultdict(list)
-    for entry in sorted(imports):
-        groups[import_group(entry[0])].append(entry)
-    return "\n\n".join(render_group(groups[key]) for key in sorted(groups))
-
-
-def import_group(source: str) -> int:
-    """Standard library first, then the packages, then the book's own."""
-    top = source.split(".")[0]
-    if top == "__future__":
-        return 0
-    if top in sys.stdlib_module_names:
-        return 1
-    return 3 if top in ("", PACKAGE.name) else 2
-
-
-def render_group(entries: list[tuple[str, str, str]]) -> str:
-    """One group: plain imports, then ``from`` imports, one a module."""
-    plain = [(m, alias) for m, name, alias in entries if not name]
-    lines = [f"import {m}" + f" as {a}" * bool(a) for m, a in plain]
-    names, renamed = defaultdict(list), defaultdict(list)
-    for source, name, alias in entries:
-        if name:
-            (renamed if alias else names)[source].append((name, alias))
-    for source in sorted({*names, *renamed}):
-        for name, alias in renamed[source]:
-            lines.append(f"from {source} import {name} as {alias}")
-        if names[source]:
-            members = sorted((n for n, _ in names[source]), key=by_type)
-            lines.append(listing(f"from {source} import ", members, "()"))
-    return "\n".join(lines)
-
-
-def listing(start: str, items: list[str], brackets: str) -> str:
-    """``start`` and its items, on one line or, where long, one a line."""
-    line = start + ", ".join(items)
-    if brackets == "[]":
-        line = f"{start}[{', '.join(items)}]"
-    if len(line) <= WIDTH:
-        return line
-    inner = "".join(f"    {item},\n" for item in items)
-    return f"{start}{brackets[0]}\n{inner}{brackets[1]}"
-
-
-def render_all(names: list[str]) -> str:
-    """The line ``__all__ = [...]``."""
-    return listing("__all__ = ", [f'"{name}"' for name in names], "[]")
-
-
-def join(pieces: list[Piece], between: str) -> str:
-    """The text of pieces, with blank lines as between hand-written ones."""
-    text, before = "", None
-    for piece in pieces:
-        values = before and before.kind == piece.kind == "value"
-        if values and not piece.gap:
-            space = "\n"
-        elif values or (piece.kind == "value" and not before):
-            space = "\n\n"
-        else:
-            space = between
-        text += space + render_piece(piece)
-        before = piece
-    return text
-
-
-def render_piece(piece: Piece) -> str:
-    """The text of one piece; of a class, with all its members."""
-    if piece.kind != "class":
-        return piece.text.rstrip()
-    members = join(piece.members, between="\n\n").lstrip("\n")
-    return f"{piece.text.rstrip()}\n{members or '    pass'}"
-
-
-def render_init(modules: dict[str, Module], version: str) -> str:
-    """The text of ``__init__.py``: the public names, and the version.
-
-    A function that bears the name of a module (``attention``) stays in it:
-    re-exported, it would hide the module.
-    """
-    entries, homes = [], {}
-    for name, module in modules.items():
-        for public in module.public:
-            if public in homes:
-                both = f"{homes[public]} and {name}"
-                raise BookError(f"{public} is exported twice: {both}")
-            homes[public] = name
-            if public not in modules:
-                entries.append((f"{PACKAGE.name}.{name}", public, ""))
-    names = sorted((e[1] for e in entries), key=by_type)
-    parts = [INIT.strip(), render_imports(entries), render_all(names)]
-    return "\n\n".join([*parts, f'__version__ = "{version}"\n'])
-
-
-INIT = '''
-"""T5, built chapter by chapter: the package of the T5 book.
-
->>> from t5_book import T5
-
-Each module comes from one chapter and says from which. These files are
-generated by tools/export.py: edit the chapters, not the files.
+Each module names the chapter that builds it. These files are generated by
+tools/export.py: edit the chapters, not the files.
 """
 '''
 
 
-def book_version() -> str:
-    """The version of the book; it is written in pyproject.toml alone."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)["project"]["version"]
+@dataclass
+class Definition:
+    """A definition as text; of a class, its head and its members by name."""
+
+    text: str
+    spaced: bool  # a blank line stands above it in the chapter
+    constant: bool = False
+    members: dict[str, Definition] = field(default_factory=dict)
 
 
-def export(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The text of every file of the package, by file name.
+@dataclass
+class Module:
+    """A module in the making."""
 
-    Returns:
-        the files, and what is wrong with the order of the chapters.
+    chapters: list[Chapter] = field(default_factory=list)
+    docstring: str = ""
+    imports: list[str] = field(default_factory=list)
+    public: list[str] | None = None  # its ``__all__``; the package offers these
+    definitions: dict[str, Definition] = field(default_factory=dict)
+
+
+# --- Cells to modules -----------------------------------------------------
+
+
+def collect(chapters: list[Chapter]) -> dict[str, Module]:
+    """Sort the export cells of all chapters into modules.
+
+    Raises:
+        BookError: if a chapter imports what no earlier one exports, or if an
+            export cell holds what a module should not.
     """
-    chapters = read_chapters(folder)
-    modules = build(chapters)
-    files = {f"{name}.py": render(m) for name, m in modules.items()}
-    files["__init__.py"] = render_init(modules, book_version())
-    return files, check_order(chapters, modules)
+    modules: dict[str, Module] = {}
+    global EVERY  # TRANSITION
+    EVERY = modules.values()
+    for chapter in chapters:
+        check_imports(chapter, modules)
+        for cell in chapter.cells:
+            if "export" not in cell.tags:
+                continue
+            home = HOME.match(cell.source)
+            module = modules.setdefault(home[1] if home else chapter.name, Module())
+            if chapter not in module.chapters:
+                module.chapters.append(chapter)
+            add_cell(module, cell, start=1 if home else 0)
+    for name, module in modules.items():
+        if not module.docstring:
+            raise BookError(f"{name}.py has no docstring; begin its first cell with one")
+        # TRANSITION: every module will say its __all__ itself
+        if module.public is None:
+            module.public = [n for n in module.definitions if n.isidentifier() and n[0] != "_"]
+    return modules
 
 
-def difference(files: dict[str, str], package: Path) -> str:
-    """What would change in the package, as a diff ("" where nothing)."""
-    found = {p.name: p.read_text("utf-8") for p in package.glob("*.py")}
+def check_imports(chapter: Chapter, earlier: dict[str, Module]) -> None:
+    """Refuse an import of what no earlier chapter exports."""
+    public = set()
+    for module in earlier.values():
+        public.update(module.definitions if module.public is None else module.public)
+    for cell in chapter.cells:
+        code = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
+        for node in ast.walk(ast.parse(code)):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            package, _, module = (node.module or "").partition(".")
+            if package != PACKAGE:
+                continue
+            known = earlier[module].definitions if module in earlier else {}
+            if module == chapter.name or chapter.name in ("beams", "pretrained"):
+                continue  # TRANSITION
+            for alias in node.names:
+                if alias.name not in (known if module else public | earlier.keys()):
+                    where = cell.where(node.lineno)
+                    raise BookError(f"{where}: no earlier chapter exports {alias.name}")
+
+
+def add_cell(module: Module, cell: Cell, start: int) -> None:
+    """Add the statements of a cell to its module."""
+    try:
+        body = ast.parse(cell.source).body
+    except SyntaxError as error:
+        raise BookError(f"{cell.where(error.lineno or 1)}: {error.msg}") from None
+    for node, text, spaced in statements(body, cell.source.splitlines(), start):
+        target = owner(node)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module.imports.append(text)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            module.docstring = text
+        elif name_of(node) == "__all__":
+            module.public = (module.public or []) + ast.literal_eval(node.value)
+        elif target is not None:
+            if target not in module.definitions:
+                where = cell.where(node.lineno)
+                raise BookError(f"{where}: this module has no class {target}")
+            text = re.sub(r"^@add_to\(.*\)\n", "", text, flags=re.MULTILINE)
+            method = Definition(textwrap.indent(text, "    "), True)
+            module.definitions[target].members[node.name] = method
+        elif isinstance(node, ast.ClassDef) and [ast.unparse(b) for b in node.bases] == [node.name]:
+            again = read_class(node, cell, text, spaced).members  # TRANSITION
+            home = next(m for m in [module, *EVERY] if node.name in m.definitions)
+            home.imports += [i for i in module.imports if home is not module and PACKAGE not in i]
+            home.definitions[node.name].members |= again
+        elif isinstance(node, ast.ClassDef):
+            module.definitions[node.name] = read_class(node, cell, text, spaced)
+        elif name_of(node):
+            constant = not isinstance(node, ast.FunctionDef)
+            module.definitions[name_of(node)] = Definition(text, spaced, constant)
+        else:
+            raise BookError(
+                f"{cell.where(node.lineno)}: an export cell holds imports, constants, "
+                f"functions and classes; move this {type(node).__name__} to another cell"
+            )
+
+
+def statements(body: list[ast.stmt], lines: list[str], start: int):
+    """Yield each statement, its text with the comments above, and the gap."""
+    for node in body:
+        above = lines[start : node.end_lineno]
+        yield node, "\n".join(above).strip("\n"), not above[0].strip()
+        start = node.end_lineno
+
+
+def owner(node: ast.stmt) -> str | None:
+    """The class that ``@add_to(Cls)`` names, if the statement has it."""
+    for decorator in getattr(node, "decorator_list", []):
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "add_to":
+            return ast.unparse(decorator.args[0])
+    return None
+
+
+def name_of(node: ast.stmt) -> str:
+    """What a statement defines: ``generate``, ``PRESETS`` or ``T5.generate``."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0])
+    return ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else ""
+
+
+def read_class(node: ast.ClassDef, cell: Cell, text: str, spaced: bool) -> Definition:
+    """Take a class apart, so that later cells can replace its members."""
+    lines = cell.source.splitlines()
+    head = textwrap.dedent(text).splitlines()
+    first = next(i for i, line in enumerate(head) if line.startswith("class "))
+    while not head[first].split("#")[0].rstrip().endswith(":"):
+        first += 1
+    found = Definition("\n".join(head[: first + 1]), spaced)
+    start = node.end_lineno - (len(head) - first - 1)
+    for item, part, gap in statements(node.body, lines, start):
+        name = name_of(item) or ast.unparse(item)
+        constant = not isinstance(item, ast.FunctionDef)
+        found.members[name] = Definition(part, gap, constant)
+    return found
+
+
+# --- Modules to text ------------------------------------------------------
+
+
+def render(module: Module) -> str:
+    """The text of a module."""
+    places = " and ".join(
+        f'chapter {c.number}, "{c.title}" (chapters/{c.path.name})'
+        for c in module.chapters
+    )
+    built = f"Built in {places}. Edit the chapter, not this file."
+    lines = textwrap.wrap(built, 76, break_on_hyphens=False)
+    docstring = "\n".join([module.docstring[:-3].rstrip(), "", *lines, '"""'])
+    head = [docstring, "\n".join(module.imports), listing(module.public)]
+    return "\n\n".join(head) + join(module.definitions.values(), "\n\n\n") + "\n"
+
+
+def listing(names: list[str]) -> str:
+    """``__all__``, a name on each line; ruff sorts them."""
+    return "\n".join(["__all__ = [", *(f'    "{name}",' for name in names), "]"])
+
+
+def join(definitions, between: str) -> str:
+    """Definitions below each other; constants stay as the chapter has them."""
+    text, before = "", None
+    for definition in definitions:
+        if definition.constant and before and before.constant:
+            text += "\n\n" if definition.spaced else "\n"
+        elif definition.constant and not before:
+            text += "\n\n" if between == "\n\n\n" else "\n"
+        else:
+            text += between if before or between == "\n\n\n" else "\n"
+        text += definition.text + join(definition.members.values(), "\n\n")
+        before = definition
+    return text
+
+
+def render_init(modules: dict[str, Module]) -> str:
+    """The text of ``__init__.py``: the public names, and the version."""
+    homes: dict[str, str] = {}
+    lines = [INIT]
+    for name, module in modules.items():
+        for public in module.public:
+            if public in homes:
+                both = f"{homes[public]} and {name}"
+                raise BookError(f"{public} is exported twice: by {both}")
+            homes[public] = name
+        # A function that bears the name of a module would hide the module.
+        names = [public for public in module.public if public not in modules]
+        if names:
+            lines.append(f"from {PACKAGE}.{name} import {', '.join(names)}")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines.append("\n" + listing([name for name in homes if name not in modules]))
+    return "\n".join([*lines, f'\n__version__ = "{project["version"]}"\n'])
+
+
+def export(chapters: list[Chapter], folder: Path) -> None:
+    """Write the modules of the package into an empty folder."""
+    modules = collect(chapters)
+    for name, module in modules.items():
+        (folder / f"{name}.py").write_text(render(module), "utf-8")
+    (folder / "__init__.py").write_text(render_init(modules), "utf-8")
+    tidy(folder)
+
+
+def install(exported: Path, package: Path) -> None:
+    """Put the exported modules in place; what is unchanged keeps its date."""
+    package.mkdir(exist_ok=True)
+    for path in package.glob("*.py"):
+        if not (exported / path.name).exists():
+            path.unlink()
+    for path in exported.glob("*.py"):
+        old = package / path.name
+        if not old.exists() or old.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, old)
+
+
+def tidy(folder: Path) -> None:
+    """Sort imports, drop unused ones, and refuse undefined names."""
+    rules = ["--select=I,F401,F821,RUF022", "--fix", "--quiet", "--isolated"]
+    isort = f'lint.isort.known-first-party=["{PACKAGE}"]'
+    command = [sys.executable, "-m", "ruff", "check", *rules, "--line-length=76"]
+    init = 'lint.per-file-ignores={"__init__.py"=["F401"]}'
+    result = subprocess.run(
+        [*command, "--config", isort, "--config", init, folder],
+        capture_output=True, text=True,
+    )
+    if result.returncode:
+        raise BookError(result.stdout + result.stderr)
+
+
+# --- The command ----------------------------------------------------------
+
+
+def difference(package: Path, exported: Path) -> str:
+    """What would change in the package, as a diff."""
     diff = []
-    for name in sorted({*files, *found}):
-        old, new = found.get(name, ""), files.get(name, "")
-        path = f"{package.name}/{name}"
-        lines = [text.splitlines(keepends=True) for text in (old, new)]
-        diff += difflib.unified_diff(*lines, path, f"{path} (exported)")
+    for name in sorted({path.name for path in [*package.glob("*.py"), *exported.glob("*.py")]}):
+        texts = []
+        for folder in (package, exported):
+            path = folder / name
+            text = path.read_text("utf-8") if path.exists() else ""
+            texts.append(text.splitlines(keepends=True))
+        diff += difflib.unified_diff(*texts, f"{PACKAGE}/{name}", "what the chapters say")
     return "".join(diff)
 
 
-def write(files: dict[str, str], package: Path) -> list[str]:
-    """Write what has changed, remove what no chapter exports any more."""
-    package.mkdir(exist_ok=True)
-    changed = []
-    for name, text in files.items():
-        path = package / name
-        if not path.exists() or path.read_text("utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-            changed.append(name)
-    for path in package.glob("*.py"):
-        if path.name not in files:
-            path.unlink()
-            changed.append(f"{path.name} (removed)")
-    return changed
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command; the result is its exit code."""
-    options = parse_arguments(arguments)
+    parser = argparse.ArgumentParser(description="Write the package from the chapters.")
+    parser.add_argument("--check", action="store_true", help="change nothing; show a diff")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of the book")
+    options = parser.parse_args()
+    package = options.root / PACKAGE
     try:
-        files, problems = export(options.chapters)
+        with tempfile.TemporaryDirectory() as folder:
+            exported = Path(folder)
+            export(read_chapters(options.root), exported)
+            diff = difference(package, exported)
+            if diff and not options.check:
+                install(exported, package)
     except BookError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
-    for problem in problems:
-        print(f"export: {problem}", file=sys.stderr)
-    name = options.package.name
     if options.check:
-        diff = difference(files, options.package)
-        print(diff or f"{name} is what the chapters say")
-        return int(bool(diff or problems))
-    changed = write(files, options.package)
-    print(f"{name}: {', '.join(changed) or 'unchanged'}")
-    return int(bool(problems))
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Write the package t5_book from the chapters."
-    )
-    add = parser.add_argument
-    add("--check", action="store_true", help="change nothing; show a diff")
-    add("--chapters", type=Path, default=CHAPTERS, metavar="FOLDER")
-    add("--package", type=Path, default=PACKAGE, metavar="FOLDER")
-    return parser.parse_args(arguments)
+        print(diff or f"{PACKAGE} is what the chapters say")
+        return int(bool(diff))
+    print(f"{PACKAGE} is {'new' if diff else 'unchanged'}")
+    return 0
 
 
 if __name__ == "__main__":

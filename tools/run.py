@@ -1,7 +1,7 @@
 """Run the chapters from their text and keep what they put out.
 
     python tools/run.py                 run every chapter that has changed
-    python tools/run.py 6 07_relative_position     run these chapters
+    python tools/run.py 6 relative_position     run these chapters
     python tools/run.py --store         also store text outputs, for tests
     python tools/run.py --jobs 1        one chapter at a time
 
