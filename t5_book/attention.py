@@ -8,73 +8,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-__all__ = [
-    "MultiHeadAttention",
-    "attention_weights",
-    "causal_mask",
-    "expand_padding_mask",
-]
-
-
-def expand_padding_mask(mask: Tensor) -> Tensor:
-    """Make a padding mask, or a mask of pairs, fit attention scores.
-
-    Args:
-        mask: bool, True where a key may be attended to: ``[b k]`` by all
-            queries, or ``[b q k]`` by this query.
-
-    Returns:
-        bool ``[b 1 1 k]`` or ``[b 1 q k]``, which broadcasts to
-        ``[b h q k]``.
-
-    Raises:
-        TypeError: if ``mask`` is not boolean.
-        ValueError: if ``mask`` does not have two or three axes.
-
-    Built in chapter 6, "Let every token look at every other".
-    """
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding mask is {mask.dtype}; pass a boolean mask, "
-            "True where a token is real: mask.bool()"
-        )
-    if mask.ndim not in (2, 3):
-        raise ValueError(
-            f"padding mask has shape {tuple(mask.shape)}; pass one of "
-            "shape (batch, length) or (batch, queries, keys)"
-        )
-    if mask.ndim == 3:
-        return rearrange(mask, "b q k -> b 1 q k")
-    return rearrange(mask, "b k -> b 1 1 k")
-
-
-def causal_mask(q_len: int, k_len: int, device=None) -> Tensor:
-    """Let each position see itself and what comes before it.
-
-    The queries are the last ``q_len`` of the ``k_len`` positions. So one
-    function serves a whole target (``q_len == k_len``) and a step of
-    generation, where one new query meets all earlier keys.
-
-    Args:
-        q_len: number of queries ``q``.
-        k_len: number of keys ``k``, at least ``q_len``.
-        device: where the mask is made; default: torch's default device.
-
-    Returns:
-        bool ``[1 1 q k]``, True where a query may attend to a key.
-
-    Raises:
-        ValueError: if there are more queries than keys.
-
-    Built in chapter 6, "Let every token look at every other".
-    """
-    if q_len > k_len:
-        raise ValueError(
-            f"{q_len} queries cannot be the last of {k_len} keys; "
-            "pass q_len <= k_len"
-        )
-    full = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
-    return full.tril(diagonal=k_len - q_len)[None, None]
+__all__ = ["MultiHeadAttention", "attention_weights"]
 
 
 def attention_weights(
@@ -95,17 +29,18 @@ def attention_weights(
     Returns:
         ``[b h q k]``; each row of keys sums to 1.
 
-    Built in chapter 6, "Let every token look at every other" (paper,
-    section 2.1; without the division by sqrt(d) of Vaswani et al. 2017).
+    Source: paper, section 2.1; without the division by sqrt(d) of Vaswani
+    et al. 2017.
     """
     scores = einsum(queries, keys, "b h q d, b h k d -> b h q k")
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest)
-    statistics = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(dim=-1, dtype=statistics).to(scores.dtype)
+        # The lowest finite number, not -inf: a row without a key stays finite.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    # A long sum in half precision would lose most of its digits.
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=wide).to(scores.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -118,26 +53,20 @@ class MultiHeadAttention(nn.Module):
             from ``dim``.
         dropout: probability of dropping an attention weight; default 0.
 
-    Built in chapter 6, "Let every token look at every other" (paper,
-    section 2.1; initialisation of mesh-tensorflow, ``attention.py``).
+    Source: paper, section 2.1; initialisation of mesh-tensorflow,
+    ``attention.py``.
     """
 
-    def __init__(
-        self, dim: int, heads: int, dim_head: int, dropout: float = 0.0
-    ):
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float = 0.0):
         super().__init__()
+        inner = heads * dim_head
         self.heads = heads
-        self.q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.k = nn.Linear(dim, heads * dim_head, bias=False)
-        self.v = nn.Linear(dim, heads * dim_head, bias=False)
-        self.o = nn.Linear(heads * dim_head, dim, bias=False)
+        self.q = nn.Linear(dim, inner, bias=False)
+        self.k = nn.Linear(dim, inner, bias=False)
+        self.v = nn.Linear(dim, inner, bias=False)
+        self.o = nn.Linear(inner, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights as T5 does: ``q`` holds the factor 1/sqrt(d)."""
-        inner, dim = self.q.weight.shape
-        dim_head = inner // self.heads
+        # T5 does not scale its scores: 1/sqrt(dim_head) is in q's start.
         nn.init.normal_(self.q.weight, std=(dim * dim_head) ** -0.5)
         nn.init.normal_(self.k.weight, std=dim**-0.5)
         nn.init.normal_(self.v.weight, std=dim**-0.5)
@@ -149,6 +78,9 @@ class MultiHeadAttention(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Project ``context [b k dim]`` to its keys and values.
+
+        Apart from ``forward``, so that what does not change is projected
+        once: the source for a whole target, and the target's past.
 
         Returns:
             Two tensors ``[b h k d]``, for ``forward``.
@@ -169,9 +101,9 @@ class MultiHeadAttention(nn.Module):
         ``keys_values`` comes from the method of that name; ``mask`` and
         ``bias`` are those of ``attention_weights``.
         """
-        keys, values = keys_values
+        keys, values = keys_values  # each [b h k d]
         queries = self.split_heads(self.q(x))  # [b h q d]
-        weights = attention_weights(queries, keys, mask, bias)
-        weights = self.dropout(weights)  # [b h q k]
+        weights = attention_weights(queries, keys, mask, bias)  # [b h q k]
+        weights = self.dropout(weights)
         mixed = einsum(weights, values, "b h q k, b h k d -> b h q d")
         return self.o(rearrange(mixed, "b h q d -> b q (h d)"))

@@ -4,48 +4,33 @@ Built in chapter 10, "Write the target" (chapters/decoder.md). Edit the
 chapter, not this file.
 """
 
-from itertools import cycle
-
 import torch
 from torch import Tensor, nn
 
-from t5_book.attention import MultiHeadAttention, causal_mask
-from t5_book.encoder import check_sequence, fit_padding_mask
-from t5_book.feed_forward import make_feed_forward
+from t5_book.attention import MultiHeadAttention
+from t5_book.config import StackConfig
+from t5_book.feed_forward import FEED_FORWARDS
+from t5_book.masks import causal_mask, expand_padding_mask
 from t5_book.relative_position import RelativePositionBias
 from t5_book.rms_norm import RMSNorm
 
-__all__ = [
-    "BlockCache",
-    "Decoder",
-    "DecoderBlock",
-]
+__all__ = ["Decoder", "DecoderBlock", "DecoderCache"]
 
 
 class BlockCache:
-    """The keys and values that one decoder block has computed so far.
+    """The keys and values that one decoder block keeps between two steps.
 
     Attributes:
+        source: keys and values of the source, each ``[b h s d]``.
         target: keys and values of the target so far, each ``[b h k d]``;
             None before the first token.
-        memory: keys and values of the source, each ``[b h s d]``; None
-            before the first look at it.
-
-    Built in chapter 10, "Write the target".
     """
 
-    def __init__(self):
+    def __init__(self, source: tuple[Tensor, Tensor]):
+        self.source = source
         self.target: tuple[Tensor, Tensor] | None = None
-        self.memory: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def length(self) -> int:
-        """Number of target tokens so far."""
-        return 0 if self.target is None else self.target[0].shape[2]
-
-    def extend(
-        self, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append new tokens ``[b h q d]``; return all, ``[b h k d]``."""
         if self.target is not None:
             keys = torch.cat([self.target[0], keys], dim=2)
@@ -55,52 +40,83 @@ class BlockCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows ``[b]`` of the target, in this order."""
-        self.target = tuple(part[rows] for part in self.target)
+        keys, values = self.target
+        self.target = keys[rows], values[rows]
+
+
+class DecoderCache:
+    """What a decoder keeps while it writes the targets of one batch of sources.
+
+    ``Decoder.new_cache`` makes it from the sources, so it can't be used
+    with others.
+
+    Attributes:
+        blocks: a ``BlockCache`` for each block.
+        cross_mask: the source's mask, ``[b 1 1 s]`` or ``[b 1 q s]``, or None.
+        length: number of target tokens so far.
+    """
+
+    def __init__(self, blocks: list[BlockCache], cross_mask: Tensor | None):
+        self.blocks = blocks
+        self.cross_mask = cross_mask
+        self.length = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows ``[b]`` of the targets, in this order.
+
+        Rows may only change places among those with the same source.
+        """
+        for block in self.blocks:
+            block.reorder(rows)
 
 
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention, feed-forward.
 
-    The arguments are those of ``Decoder``.
-
-    Built in chapter 10, "Write the target" (paper, section 2.1).
+    Source: paper, section 2.1.
     """
 
-    def __init__(
-        self, dim: int, heads: int, dim_head: int,
-        mlp_mult: float = 4, dropout: float = 0.0,
-        feed_forward: str = "relu",
-    ):
+    def __init__(self, config: StackConfig):
         super().__init__()
-        sizes = dim, heads, dim_head, dropout
-        self.self_norm = RMSNorm(dim)
-        self.self_attention = MultiHeadAttention(*sizes)
-        self.cross_norm = RMSNorm(dim)
-        self.cross_attention = MultiHeadAttention(*sizes)
-        self.feed_forward_norm = RMSNorm(dim)
-        self.feed_forward = make_feed_forward(
-            feed_forward, dim, mlp_mult, dropout
-        )
-        self.dropout = nn.Dropout(dropout)
+        attention = config.dim, config.heads, config.dim_head, config.dropout
+        feed_forward = FEED_FORWARDS[config.feed_forward]
+        self.self_norm = RMSNorm(config.dim)
+        self.self_attention = MultiHeadAttention(*attention)
+        self.cross_norm = RMSNorm(config.dim)
+        self.cross_attention = MultiHeadAttention(*attention)
+        self.feed_forward_norm = RMSNorm(config.dim)
+        self.feed_forward = feed_forward(config.dim, config.mlp_dim, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, memory: Tensor, self_mask: Tensor,
-        cross_mask: Tensor | None, bias: Tensor, cache: BlockCache,
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        self_mask: Tensor,
+        cross_mask: Tensor | None,
+        bias: Tensor,
+        cache: BlockCache | None = None,
     ) -> Tensor:
-        """Add to ``x [b q dim]`` what the three sublayers find.
+        """Add to the stream ``x [b q dim]`` what the three sublayers find.
 
-        ``self_mask`` broadcasts to ``[b h q k]`` and ``cross_mask`` to
-        ``[b h q s]``, True = attend; ``bias`` is ``[1 h q k]``; ``memory``
-        ``[b s dim]`` is projected once for each ``cache``.
+        Args:
+            x: the stream.
+            memory: what the encoder returned, ``[b s dim]``; not read where
+                there is a cache, which holds the source's keys and values.
+            self_mask: bool, broadcasts to ``[b h q k]``, True = attend.
+            cross_mask: bool, broadcasts to ``[b h q s]``, True = attend.
+            bias: position bias ``[1 h q k]``.
+            cache: the block's; what is new in ``x`` is added to it.
         """
         y = self.self_norm(x)
-        so_far = cache.extend(*self.self_attention.keys_values(y))
-        y = self.self_attention(y, so_far, self_mask, bias)
-        x = x + self.dropout(y)
-        if cache.memory is None:
-            cache.memory = self.cross_attention.keys_values(memory)
-        y = self.cross_norm(x)
-        y = self.cross_attention(y, cache.memory, cross_mask)
+        target = self.self_attention.keys_values(y)  # two of [b h q d]
+        if cache is None:
+            source = self.cross_attention.keys_values(memory)  # two of [b h s d]
+        else:
+            target = cache.extend(*target)  # two of [b h k d]
+            source = cache.source
+        x = x + self.dropout(self.self_attention(y, target, self_mask, bias))
+        y = self.cross_attention(self.cross_norm(x), source, cross_mask)
         x = x + self.dropout(y)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + self.dropout(y)
@@ -109,118 +125,78 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Write a target while looking at a source: blocks, then a norm.
 
-    Args:
-        dim: features of a vector, in the target and in the memory.
-        depth: number of blocks, at least 1.
-        heads: attention heads ``h`` of each block.
-        dim_head: features of a head.
-        mlp_mult: hidden features of the feed-forward layer as a multiple
-            of ``dim``, rounded where it is a fraction; default 4.
-        dropout: probability, in each of T5's five places; default 0.
-        feed_forward: ``"relu"`` (T5 1.0, default) or ``"gated-gelu"``.
-        num_buckets: buckets of the position bias; default 32.
-        max_distance: distance in tokens from which on all share the last
-            bucket; default 128.
-        bias_per_layer: a bias table for each block, as UMT5 has it;
-            default: one table for all.
-
-    Built in chapter 10, "Write the target" (paper, section 2.1; order of
-    operations of mesh-tensorflow, ``transformer_layers.py``).
+    Source: paper, section 2.1; order of operations of mesh-tensorflow,
+    ``transformer_layers.py``.
     """
 
-    def __init__(
-        self, dim: int, depth: int, heads: int, dim_head: int,
-        mlp_mult: float = 4, dropout: float = 0.0,
-        feed_forward: str = "relu", num_buckets: int = 32,
-        max_distance: int = 128, bias_per_layer: bool = False,
-    ):
+    def __init__(self, config: StackConfig):
         super().__init__()
-        sizes = dim, heads, dim_head, mlp_mult, dropout, feed_forward
-        self.blocks = nn.ModuleList(
-            DecoderBlock(*sizes) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
+        # T5 learns one table for the whole stack; UMT5 one for each block.
+        tables = config.depth if config.bias_per_layer else 1
         self.biases = nn.ModuleList(
-            RelativePositionBias(heads, num_buckets, max_distance, False)
-            for _ in range(depth if bias_per_layer else 1)
+            RelativePositionBias(
+                config.heads, config.num_buckets, config.max_distance, bidirectional=False
+            )
+            for _ in range(tables)
         )
-        self.norm = RMSNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.norm = RMSNorm(config.dim)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def check_inputs(self, x: Tensor, memory: Tensor) -> None:
-        """Make sure that target and memory fit the stack and each other."""
-        for name, part in (("target", x), ("memory", memory)):
-            check_sequence(name, part, self.norm.weight.shape[0])
-        if x.shape[0] != memory.shape[0]:
-            raise ValueError(
-                f"target has {x.shape[0]} examples but memory has "
-                f"{memory.shape[0]}; each target needs its own source"
-            )
+    def new_cache(self, memory: Tensor, src_mask: Tensor | None = None) -> DecoderCache:
+        """Project the source once, for all the steps in which a target is written.
 
-    def new_cache(self) -> list[BlockCache]:
-        """An empty cache, for one batch of sources."""
-        return [BlockCache() for _ in self.blocks]
+        Args:
+            memory: ``[b s dim]``, what the encoder returned.
+            src_mask: bool ``[b s]``, True at real tokens; default: all real.
 
-    def check_cache(self, cache: list[BlockCache], memory: Tensor) -> None:
-        """Make sure that a cache fits the stack and the memory."""
-        if len(cache) != len(self.blocks):
-            raise ValueError(
-                f"the cache is for {len(cache)} blocks but the decoder has "
-                f"{len(self.blocks)}; make it with decoder.new_cache()"
-            )
-        if cache[0].memory is None:
-            return
-        b, _, s, _ = cache[0].memory[0].shape
-        if (b, s) != memory.shape[:2]:
-            raise ValueError(
-                f"the cache holds a source of shape {(b, s)} but memory "
-                f"has shape {tuple(memory.shape[:2])}; begin each source "
-                "with decoder.new_cache()"
-            )
-
-    def self_mask(self, x: Tensor, mask: Tensor | None, k: int) -> Tensor:
-        """What ``x``, the last of ``k`` tokens, may see: ``[b 1 q k]``."""
-        b, q, _ = x.shape
-        not_later = causal_mask(q, k, x.device)
-        real = fit_padding_mask("target", mask, (b, k), queries=q)
-        return not_later if real is None else not_later & real
+        Returns:
+            A cache for this batch of sources, with no target token in it yet.
+        """
+        keys_values = [block.cross_attention.keys_values(memory) for block in self.blocks]
+        cross_mask = None if src_mask is None else expand_padding_mask(src_mask)
+        return DecoderCache([BlockCache(pair) for pair in keys_values], cross_mask)
 
     def forward(
         self,
         x: Tensor,
-        memory: Tensor,
-        mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        cache: list[BlockCache] | None = None,
+        memory: Tensor | None = None,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
     ) -> Tensor:
-        """Write (the next piece of) a batch of targets.
+        """Write a batch of targets, or the next piece of it.
 
         Args:
             x: ``[b q dim]``, the target, or what follows the ``cache``.
-            memory: ``[b s dim]``, what the encoder returned.
-            mask: bool ``[b k]``, True at real tokens of the **target**,
-                those in the cache included; default: all real.
-            memory_mask: bool ``[b s]``, True at real tokens of the
-                **source**; default: all real. Both masks may be of
-                pairs, ``[b q k]`` and ``[b q s]`` (chapter 16).
-            cache: from ``new_cache``; ``x`` is appended to it.
+            memory: ``[b s dim]``, what the encoder returned. With a cache, pass
+                neither this nor ``src_mask``: the cache was made from them.
+            src_mask: bool ``[b s]``, True at real tokens of the source, or
+                ``[b q s]`` for pairs; default: all real.
+            tgt_mask: bool ``[b k]``, True at real tokens of the target, those
+                in the cache included, or ``[b q k]`` for pairs; default: all
+                real.
+            cache: from ``new_cache``; ``x`` is appended to it. Without one,
+                nothing outlives the call.
 
         Returns:
-            ``[b q dim]``. At padding the numbers are finite and mean
-            nothing.
-
-        Raises:
-            TypeError: if a mask is not boolean.
-            ValueError: if shapes do not fit together.
+            ``[b q dim]``. At padding the numbers are finite and mean nothing.
         """
-        cache = self.new_cache() if cache is None else cache
-        self.check_inputs(x, memory)
-        self.check_cache(cache, memory)
-        q, k = x.shape[1], cache[0].length + x.shape[1]
-        self_mask = self.self_mask(x, mask, k)
-        source = memory.shape[:2]  # (b, s)
-        cross_mask = fit_padding_mask("source", memory_mask, source, q)
+        q = x.shape[1]
+        k = q
+        if cache is not None:
+            k = cache.length + q
+            cross_mask = cache.cross_mask
+            cache.length = k
+        else:
+            cross_mask = None if src_mask is None else expand_padding_mask(src_mask)
+        self_mask = causal_mask(q, k, x.device)  # [1 1 q k]
+        if tgt_mask is not None:
+            self_mask = self_mask & expand_padding_mask(tgt_mask)  # [b 1 q k]
         biases = [bias(q, k) for bias in self.biases]  # each [1 h q k]
         x = self.dropout(x)
-        for block, bias, kept in zip(self.blocks, cycle(biases), cache):
-            x = block(x, memory, self_mask, cross_mask, bias, kept)
+        for i, block in enumerate(self.blocks):
+            bias = biases[i if len(biases) > 1 else 0]
+            past = None if cache is None else cache.blocks[i]
+            x = block(x, memory, self_mask, cross_mask, bias, past)
         return self.dropout(self.norm(x))

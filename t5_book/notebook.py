@@ -6,8 +6,7 @@ Edit the chapter, not this file.
 
 
 
-__all__ = [
-]
+__all__ = []
 
 
 def add_to(cls):

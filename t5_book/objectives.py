@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from t5_book.encoder import check_ids
+from t5_book.checks import check_ids
 from t5_book.span_corruption import (
     Batch,
     corrupt_spans,

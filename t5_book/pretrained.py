@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from t5_book.byte_tokenizer import find_weights
-from t5_book.t5 import T5, T5Config
+from t5_book.config import T5Config
+from t5_book.t5 import T5
 
 __all__ = [
+    "from_pretrained",
     "load_pretrained",
     "released_name",
     "save_pretrained",
@@ -206,6 +208,7 @@ def load_pretrained(
 def _entries(config: T5Config) -> dict:
     """The ``config.json`` of a model, or ValueError if there is none."""
     own, values = dict(vars(config)), {}
+    own["scale_logits"] = config.logit_scale != 1
     wrong = [] if config.tie_token_emb else ["two embedding tables"]
     for name in ("enc_mlp_mult", "dec_mlp_mult"):
         own[name] = round(own[name] * config.dim)
@@ -221,7 +224,7 @@ def _entries(config: T5Config) -> dict:
     return values | {
         "architectures": [f"{kind.upper()}ForConditionalGeneration"],
         "is_encoder_decoder": True, "model_type": kind,
-        "scale_logits": None if config.tie_head else config.scale_logits,
+        "scale_logits": None if config.tie_head else own["scale_logits"],
         "tie_word_embeddings": config.tie_head,
     }
 
@@ -248,3 +251,12 @@ def save_pretrained(model: T5, folder: str | Path) -> None:
         save_file(weights, f"{part}/model.safetensors", {"format": "pt"})
         for file in Path(part).iterdir():
             file.replace(folder / file.name)
+
+
+def from_pretrained(cls, name_or_path, *, dtype=None, device=None):
+    """Load a released T5, as ``t5_book.load_pretrained`` says."""
+    return load_pretrained(name_or_path, dtype=dtype, device=device, kind=cls)
+
+
+T5.from_pretrained = classmethod(from_pretrained)
+T5.save_pretrained = save_pretrained

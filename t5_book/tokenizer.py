@@ -12,9 +12,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-__all__ = [
-    "Tokenizer",
-]
+__all__ = ["Tokenizer"]
 
 _USER_DEFINED = 4  # the kind of a piece that is never cut
 

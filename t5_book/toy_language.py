@@ -15,14 +15,7 @@ from torch import Tensor
 
 from t5_book.span_corruption import corrupt_spans
 
-__all__ = [
-    "END",
-    "SLOTS",
-    "STORIES",
-    "Filling",
-    "Source",
-    "ToyLanguage",
-]
+__all__ = ["END", "SLOTS", "STORIES", "Filling", "Source", "ToyLanguage"]
 
 END = -1  # a gap in a text, or the end of a gap
 

@@ -7,12 +7,8 @@ from torch.nn import functional as F
 from transformers import T5Config as ReferenceConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from t5_book.attention import (
-    MultiHeadAttention,
-    attention_weights,
-    causal_mask,
-    expand_padding_mask,
-)
+from t5_book.attention import MultiHeadAttention, attention_weights
+from t5_book.masks import causal_mask, expand_padding_mask
 
 DIM, HEADS, DIM_HEAD = SIZES["dim"], SIZES["heads"], SIZES["dim_head"]
 SHAPES = sorted({(b, n) for n in LENGTHS for b in (3, n, HEADS)})

@@ -219,7 +219,7 @@ def test_a_later_chapter_may_go_on_with_a_class(tmp_path):
     write_chapter(
         tmp_path,
         "02_two.md",
-        export('"""More."""\n\nimport math\n\nfrom t5_book.one import A'),
+        export('"""More."""\n\nimport math\n\nfrom t5_book.one import A')
         export(method),
         export("def two(a: A):\n    return a"),
     )
@@ -341,7 +341,7 @@ def test_a_method_that_moves_must_find_its_names(tmp_path):
     write_chapter(
         tmp_path,
         "02_two.md",
-        export('"""More."""\n\nfrom t5_book.one import A'),
+        export('"""More."""\n\nfrom t5_book.one import A')
         export(helper),
         export(method),
     )
@@ -352,9 +352,9 @@ def test_a_method_that_moves_must_find_its_names(tmp_path):
 
 
 LATER = {
-    "from t5_book.two import X": "imports two from 02_two.md, not yet built",
+    "from t5_book.two import X": "imports two from 02_two.md, not yet built"
     "from t5_book import X": "imports X from 02_two.md, not yet built",
-    "from t5_book.none import X": "no chapter exports none",
+    "from t5_book.none import X": "no chapter exports none"
     "%matplotlib inline\nimport t5_book.one": "imports one from 01_one.md",
 }
 

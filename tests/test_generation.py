@@ -27,11 +27,11 @@ from writers import (
 from t5_book.generation import (
     TargetReader,
     WordStreamer,
-    evaluating,
     filter_logits,
     first_target,
     generate,
 )
+from t5_book.inference import evaluating
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
 

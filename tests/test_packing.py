@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from t5_book.masks import segment_mask
 from t5_book.objectives import (
     PackedBatch,
     SpecialIds,
@@ -14,7 +15,6 @@ from t5_book.objectives import (
     bert_denoising,
     pack,
     prefix_lm,
-    segment_mask,
     ul2_denoising,
 )
 from t5_book.span_corruption import Batch, pad_rows

@@ -16,7 +16,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 from t5_book import pretrained
 from t5_book.pretrained import load_pretrained, released_name
-from t5_book.t5 import PRESETS, T5, T5Config
+from t5_book.config import T5Config
+from t5_book.presets import PRESETS
+from t5_book.t5 import T5
 
 # Each family, as small as it goes, with what sets it apart.
 GATED = {"feed_forward_proj": "gated-gelu"}

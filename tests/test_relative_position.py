@@ -6,11 +6,8 @@ from hugging_face import LENGTHS, SIZES, difference, padding_masks
 from transformers import T5Config as ReferenceConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from t5_book.attention import (
-    MultiHeadAttention,
-    causal_mask,
-    expand_padding_mask,
-)
+from t5_book.attention import MultiHeadAttention
+from t5_book.masks import causal_mask, expand_padding_mask
 from t5_book.relative_position import (
     RelativePositionBias,
     check_buckets,

@@ -12,7 +12,9 @@ from hugging_face import padding_masks
 from hugging_face import random_ids as ids
 from torch import nn
 
-from t5_book.t5 import PRESETS, T5, T5Config
+from t5_book.config import T5Config
+from t5_book.presets import PRESETS
+from t5_book.t5 import T5
 
 GATED = {"feed_forward": "gated-gelu", "tie_head": False}
 TINY = dict(

@@ -90,6 +90,7 @@ def collect(chapters: list[Chapter]) -> dict[str, Module]:
         # TRANSITION: every module will say its __all__ itself
         if module.public is None:
             module.public = [n for n in module.definitions if n.isidentifier() and n[0] != "_"]
+    import_neighbours(modules)
     return modules
 
 
@@ -194,6 +195,26 @@ def read_class(node: ast.ClassDef, cell: Cell, text: str, spaced: bool) -> Defin
     return found
 
 
+def import_neighbours(modules: dict[str, Module]) -> None:
+    """Import what a module uses of others that the same chapter builds.
+
+    In the notebook such names are there already, from the cells above.
+    """
+    for module in modules.values():
+        code = join(module.definitions.values(), "\n\n\n")
+        imported = {
+            alias.asname or alias.name
+            for node in ast.parse("\n".join(module.imports)).body
+            for alias in node.names
+        }
+        used = {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name)}
+        missing = used - imported - module.definitions.keys()
+        for name, other in modules.items():
+            together = other is not module and set(other.chapters) & set(module.chapters)
+            for found in sorted(missing & other.definitions.keys()) if together else ():
+                module.imports.append(f"from {PACKAGE}.{name} import {found}")
+
+
 # --- Modules to text ------------------------------------------------------
 
 
@@ -211,7 +232,10 @@ def render(module: Module) -> str:
 
 
 def listing(names: list[str]) -> str:
-    """``__all__``, a name on each line; ruff sorts them."""
+    """``__all__``, on one line or, where long, a name on each; ruff sorts them."""
+    line = "__all__ = [" + ", ".join(f'"{name}"' for name in names) + "]"
+    if len(line) <= 76:
+        return line
     return "\n".join(["__all__ = [", *(f'    "{name}",' for name in names), "]"])
 
 
