@@ -8,12 +8,7 @@ tools/export.py: edit the chapters, not the files.
 
 from t5_book.attention import MultiHeadAttention, attention_weights
 from t5_book.beams import BeamSearchOutput, beam_search
-from t5_book.byte_tokenizer import (
-    ByteTokenizer,
-    find_release,
-    find_weights,
-    load_tokenizer,
-)
+from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
 from t5_book.decoder import Decoder, DecoderBlock, DecoderCache
 from t5_book.encoder import Encoder, EncoderBlock
@@ -50,6 +45,7 @@ from t5_book.presets import PRESETS
 from t5_book.pretrained import (
     from_pretrained,
     load_pretrained,
+    load_tokenizer,
     released_name,
     save_pretrained,
 )
@@ -123,8 +119,6 @@ __all__ = [
     "deshuffling",
     "evaluate",
     "expand_padding_mask",
-    "find_release",
-    "find_weights",
     "from_pretrained",
     "generate",
     "iid_denoising",

@@ -16,16 +16,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from t5_book.byte_tokenizer import find_weights
+from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import T5Config
+from t5_book.hub import find_release, find_weights
 from t5_book.t5 import T5
+from t5_book.tokenizer import Tokenizer
 
 __all__ = [
     "from_pretrained",
     "load_pretrained",
+    "load_tokenizer",
     "released_name",
     "save_pretrained",
 ]
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
+    """Load the tokenizer of a released T5.
+
+    Args:
+        name_or_path: a folder, or a name on the hub; see ``find_release``.
+
+    Raises:
+        ValueError: if there is no ``spiece.model``, and it is no ByT5.
+        FileNotFoundError, ImportError, ConnectionError: as
+            ``find_release``.
+
+    Built in chapter 14, "Read bytes instead of words".
+    """
+    files = "config.json", "tokenizer_config.json", "spiece.model"
+    folder = find_release(name_or_path, *files)
+    values = {}
+    for file in filter(Path.is_file, (folder / name for name in files[:2])):
+        values |= json.loads(file.read_text("utf-8"))
+    if (folder / files[2]).is_file():
+        extra_ids = values.get("extra_ids", 100)
+        return Tokenizer.load(folder / files[2], extra_ids=extra_ids)
+    named = values.get("tokenizer_class") == "ByT5Tokenizer"
+    if not (named or values.get("vocab_size") == 384):
+        raise ValueError(f"{folder} has no spiece.model, and is no ByT5")
+    return ByteTokenizer()
+
 
 _TABLE, _HEAD = "shared.weight", "lm_head.weight"
 _TABLES = (_TABLE, "encoder.embed_tokens.weight",
