@@ -3,8 +3,9 @@
 The public calls of the model use them once, on what the caller passes in. What
 is inside trusts its callers.
 
-Built in chapter 9, "Read the source" (chapters/encoder.md) and chapter 11,
-"Assemble T5" (chapters/t5.md). Edit the chapter, not this file.
+Built in chapter 9, "The encoder: a residual stream through a stack of
+blocks" (chapters/encoder.md) and chapter 11, "Assemble T5"
+(chapters/t5.md). Edit the chapter, not this file.
 """
 
 import operator

@@ -1,7 +1,8 @@
 """The choices that make a T5: of one stack, and of the whole model.
 
-Built in chapter 9, "Read the source" (chapters/encoder.md) and chapter 11,
-"Assemble T5" (chapters/t5.md). Edit the chapter, not this file.
+Built in chapter 9, "The encoder: a residual stream through a stack of
+blocks" (chapters/encoder.md) and chapter 11, "Assemble T5"
+(chapters/t5.md). Edit the chapter, not this file.
 """
 
 import json
