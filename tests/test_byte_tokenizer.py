@@ -256,6 +256,15 @@ def test_a_vocabulary(tmp_path, extra_ids):
     assert loaded.vocab_size == 300 + (extra_ids or 100)
 
 
+def test_a_vocabulary_of_our_own(tmp_path):
+    """The file says how many sentinels it was saved with."""
+    Tokenizer.train(HELP[:400], 300, extra_ids=10).save(tmp_path / "spiece.model")
+    write_config(tmp_path, vocab_size=384)
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, Tokenizer)
+    assert loaded.vocab_size == 310 and loaded.sentinel(9) == 300
+
+
 def test_a_byt5_tokenizer_of_transformers(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
