@@ -111,7 +111,7 @@ def test_a_decoder_by_itself_is_one_graph():
     decoder = small_t5(depth=2).decoder
     compiled = torch.compile(decoder, fullgraph=True, backend="eager")
     x, memory = torch.randn(3, 9, 24), torch.randn(3, 7, 24)
-    masks = padding_masks(3, 9), padding_masks(3, 7)
+    masks = padding_masks(3, 7), padding_masks(3, 9)
     ours, plain = compiled(x, memory, *masks), decoder(x, memory, *masks)
     assert difference(ours, plain) <= 1e-6
 
@@ -138,16 +138,17 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, token, memory, mask, kept):
-        cache = self.model.decoder.new_cache()
-        for block, tensors in zip(cache, kept):
-            block.target, block.memory = tensors
-        logits = self.model.decode(token, memory, mask, cache=cache)
+        cache = self.model.decoder.new_cache(memory, mask)
+        for block, tensors in zip(cache.blocks, kept):
+            block.target, block.source = tensors
+        cache.length = cache.blocks[0].target[0].shape[2]
+        logits = self.model.decode(token, cache=cache)
         return logits, tensors_of(cache)
 
 
 def tensors_of(cache):
-    """What a cache holds: keys and values of target and of memory."""
-    return [(block.target, block.memory) for block in cache]
+    """What a cache holds: keys and values of target and of source."""
+    return [(block.target, block.source) for block in cache.blocks]
 
 
 def reloaded(program):
@@ -173,9 +174,9 @@ def test_the_encoder_can_be_exported():
 
 def first_step(model, src, mask):
     """Encode, and write the first token; also the cache after it."""
-    memory, cache = model.encode(src, mask), model.decoder.new_cache()
-    start = torch.zeros_like(src[:, :1])
-    logits = model.decode(start, memory, mask, cache=cache)
+    memory = model.encode(src, mask)
+    cache = model.decoder.new_cache(memory, mask)
+    logits = model.decode(torch.zeros_like(src[:, :1]), cache=cache)
     return logits.argmax(dim=-1), memory, tensors_of(cache)
 
 
