@@ -1,6 +1,6 @@
 """Feed-forward layers: with a ReLU (T5 1.0) or a gated GELU (T5 1.1).
 
-Built in chapter 8, "Think about each token alone"
+Built in chapter 8, "Feed-forward layers: computing on each token alone"
 (chapters/feed_forward.md). Edit the chapter, not this file.
 """
 
@@ -61,7 +61,8 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute ``x [... d]`` to ``[... d]``, each token alone."""
         gate = F.gelu(self.wi_0(x), approximate="tanh")  # [... f]
-        return self.wo(self.dropout(gate * self.wi_1(x)))
+        hidden = gate * self.wi_1(x)  # [... f]
+        return self.wo(self.dropout(hidden))
 
 
 # The feed-forward layers, by the names that T5's settings use.
