@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
         nn.init.normal_(self.wo.weight, std=mlp_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute ``x [... d]`` to ``[... d]``, each token alone."""
+        """Map ``x [... d]`` to ``[... d]``, each token by itself."""
         hidden = F.relu(self.wi(x))  # [... f]
         return self.wo(self.dropout(hidden))
 
@@ -59,7 +59,7 @@ class GatedFeedForward(nn.Module):
         nn.init.normal_(self.wo.weight, std=mlp_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute ``x [... d]`` to ``[... d]``, each token alone."""
+        """Map ``x [... d]`` to ``[... d]``, each token by itself."""
         gate = F.gelu(self.wi_0(x), approximate="tanh")  # [... f]
         hidden = gate * self.wi_1(x)  # [... f]
         return self.wo(self.dropout(hidden))
