@@ -3,10 +3,17 @@
 import torch
 from hugging_face import SIZES, make_family
 from torch import Tensor, nn
+from t5_book.config import StackConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 
 KINDS = ["relu", "gated-gelu"]
-SMALL = dict(dim=16, depth=2, heads=2, dim_head=4)
+
+
+def small(**options) -> StackConfig:
+    """The configuration of a small stack."""
+    sizes = dict(dim=16, depth=2, heads=2, dim_head=4, mlp_dim=64)
+    return StackConfig(**sizes | options)
+
 
 
 def make_umt5_pair():

@@ -400,7 +400,7 @@ def any_loss(model, batch, **extra):
 
 
 def train(batches, **loss):
-    model = small_t5(dropout=0.0)
+    model = small_t5(dropout=0.0).double()
     trainer = Trainer(model, batches, muon_adamw(model), **loss)
     return model, [trainer.train_step() for _ in range(4)]
 
@@ -409,20 +409,20 @@ def test_packed_rows_train_as_plain_rows_do():
     assert packed_batches(0).src.shape == (2, 14)
     one, plain = train(batches)
     two, packed = train(packed_batches, loss=any_loss)
-    assert packed == pytest.approx(plain, abs=1e-4)
+    assert packed == pytest.approx(plain, abs=1e-12)
     for a, b in zip(one.parameters(), two.parameters()):
-        assert torch.allclose(a, b, atol=1e-3)
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_the_loss_that_was_asked_for_is_trained_with():
     _, plain = train(batches)
     _, same = train(batches, loss=any_loss)
-    assert same == pytest.approx(plain, abs=1e-4)
+    assert same == pytest.approx(plain, abs=1e-12)
     loss = partial(any_loss, label_smoothing=0.1, z_loss=0.1)
     model, other = train(batches, loss=loss)
     with torch.no_grad():
-        expected = loss(small_t5(dropout=0.0), batches(0)).item()
-    assert other[0] == pytest.approx(expected, abs=1e-6)
+        expected = loss(small_t5(dropout=0.0).double(), batches(0)).item()
+    assert other[0] == pytest.approx(expected, abs=1e-12)
     assert abs(other[0] - plain[0]) > 0.1
     log_z = batch_logits(model, batches(0)).logsumexp(dim=-1)
     assert log_z.abs().mean() < log_z_of(small_t5(dropout=0.0))
@@ -433,7 +433,7 @@ def log_z_of(model):
 
 
 def test_evaluate_takes_packed_rows():
-    model = small_t5(dropout=0.5)
+    model = small_t5(dropout=0.5).double()
     plain, packed = (evaluate(model, [b(3)]) for b in (batches, packed_batches))
     assert packed == pytest.approx(plain, abs=1e-5)
 
