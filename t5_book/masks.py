@@ -3,7 +3,7 @@
 A mask over ``(b, n)`` says which tokens are real. Attention scores are
 ``(b, h, q, k)``, and a mask meets them only in the shapes made here.
 
-Built in chapter 6, "Let every token look at every other"
+Built in chapter 6, "Attention: letting every token look at every other"
 (chapters/attention.md). Edit the chapter, not this file.
 """
 
@@ -28,6 +28,7 @@ def expand_padding_mask(mask: Tensor) -> Tensor:
         TypeError: if ``mask`` is not boolean.
         ValueError: if ``mask`` does not have two or three axes.
     """
+    # On integers ~ flips bits: ~1 is -2, which counts as True.
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}; pass a boolean mask: mask.bool()")
     if mask.ndim not in (2, 3):
@@ -59,6 +60,9 @@ def causal_mask(q_len: int, k_len: int, device: torch.device | None = None) -> T
         ValueError: if there are more queries than keys.
     """
     if q_len > k_len:
-        raise ValueError(f"{q_len} queries can't be the last of {k_len} keys; pass q_len <= k_len")
+        raise ValueError(
+            f"{q_len} queries can't be the last of {k_len} keys; pass q_len <= k_len"
+        )
     full = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
-    return full.tril(diagonal=k_len - q_len)[None, None]
+    # The last query may see all keys, the one before it all but one.
+    return full.tril(diagonal=k_len - q_len)[None, None]  # [1 1 q k]
