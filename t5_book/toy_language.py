@@ -219,9 +219,9 @@ class MarkovSource:
                 token = best if answer is None else answer[len(tokens)]
                 chance = end if token == END else chances[token]
                 if not chance > 0:
-                    wrong = "the end of the gap" if token == END else self.words[token]
+                    word = "the end of the gap" if token == END else repr(self.words[token])
                     raise ValueError(
-                        f"token {len(tokens)} of the answer is {wrong}, which this "
+                        f"token {len(tokens)} of the answer is {word}, which this "
                         "language cannot say there"
                     )
                 tokens.append((chance.log().item(), best))
