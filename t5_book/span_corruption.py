@@ -203,7 +203,8 @@ def _check_tokens(tokens, noise_mask, eos_id, first_sentinel, num_sentinels):
     message = (
         f"tokens are {tokens.dtype} {tuple(tokens.shape)} and noise_mask is "
         f"{noise_mask.dtype} {tuple(noise_mask.shape)}; pass integer ids and a "
-        "boolean mask, both (batch, length) and not empty"
+        "boolean mask, both (batch, length) and not empty; tokens[None] makes a "
+        "batch of one text"
     )
     if tokens.is_floating_point() or noise_mask.dtype != torch.bool:
         raise TypeError(message)
