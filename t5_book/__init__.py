@@ -7,6 +7,7 @@ tools/export.py: edit the chapters, not the files.
 """
 
 from t5_book.attention import MultiHeadAttention, attention_weights
+from t5_book.batches import Batch
 from t5_book.beams import BeamSearchOutput, beam_search
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
@@ -55,32 +56,19 @@ from t5_book.relative_position import (
 )
 from t5_book.rms_norm import RMSNorm
 from t5_book.span_corruption import (
-    Batch,
     corrupt_spans,
-    noise_counts,
-    pad_rows,
     random_spans_noise_mask,
     restore_spans,
     span_lengths,
 )
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
-from t5_book.toy_language import (
-    END,
-    SLOTS,
-    STORIES,
-    Filling,
-    Source,
-    ToyLanguage,
-)
+from t5_book.toy_language import ToyLanguage
 from t5_book.training import Trainer, cross_entropy, evaluate
 
 __all__ = [
-    "END",
     "FEED_FORWARDS",
     "PRESETS",
-    "SLOTS",
-    "STORIES",
     "T5",
     "UL2",
     "Adafactor",
@@ -93,14 +81,12 @@ __all__ = [
     "Encoder",
     "EncoderBlock",
     "FeedForward",
-    "Filling",
     "GatedFeedForward",
     "MultiHeadAttention",
     "Muon",
     "PackedBatch",
     "RMSNorm",
     "RelativePositionBias",
-    "Source",
     "SpecialIds",
     "StackConfig",
     "T5Config",
@@ -126,10 +112,8 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "muon_adamw",
-    "noise_counts",
     "orthogonalize",
     "pack",
-    "pad_rows",
     "prefix_lm",
     "random_spans_noise_mask",
     "relative_position_bucket",
