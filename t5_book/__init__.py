@@ -7,6 +7,7 @@ tools/export.py: edit the chapters, not the files.
 """
 
 from t5_book.attention import MultiHeadAttention, attention_weights
+from t5_book.batches import Batch
 from t5_book.beams import BeamSearchOutput, beam_search
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
@@ -55,10 +56,8 @@ from t5_book.relative_position import (
 )
 from t5_book.rms_norm import RMSNorm
 from t5_book.span_corruption import (
-    Batch,
     corrupt_spans,
     noise_counts,
-    pad_rows,
     random_spans_noise_mask,
     restore_spans,
     span_lengths,
@@ -129,7 +128,6 @@ __all__ = [
     "noise_counts",
     "orthogonalize",
     "pack",
-    "pad_rows",
     "prefix_lm",
     "random_spans_noise_mask",
     "relative_position_bucket",

@@ -11,13 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from t5_book.batches import Batch, pad_rows
 from t5_book.checks import check_ids
-from t5_book.span_corruption import (
-    Batch,
-    corrupt_spans,
-    pad_rows,
-    random_spans_noise_mask,
-)
+from t5_book.span_corruption import corrupt_spans, random_spans_noise_mask
 
 __all__ = [
     "UL2",

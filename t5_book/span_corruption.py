@@ -4,20 +4,18 @@ Built in chapter 3, "Hide spans and ask for them back"
 (chapters/span_corruption.md). Edit the chapter, not this file.
 """
 
-from collections.abc import Sequence
 from itertools import takewhile
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Generator, Tensor, nn
 
+from t5_book.batches import Batch, pad_rows
+
 __all__ = [
-    "Batch",
     "corrupt_spans",
     "noise_counts",
-    "pad_rows",
     "random_spans_noise_mask",
     "restore_spans",
     "span_lengths",
@@ -117,33 +115,6 @@ def span_lengths(
     while lengths(tokens + 1)[0] <= inputs_length:
         tokens += 1
     return tokens, lengths(tokens)[1]
-
-
-class Batch(NamedTuple):
-    """What a step of training needs.
-
-    Built in chapter 3, "Hide spans and ask for them back".
-    """
-
-    src: Tensor  # int64 [b s]
-    mask: Tensor  # bool [b s], True = real token
-    labels: Tensor  # int64 [b t], -100 at padding
-
-
-def pad_rows(rows: Sequence, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Lay lists of ids, or tensors, into one tensor, padded on the right.
-
-    Returns int64 ``[b n]`` and its mask, bool ``[b n]``, True = real.
-
-    Built in chapter 3, "Hide spans and ask for them back".
-    """
-    lengths = [len(row) for row in rows]
-    if min(lengths, default=0) == 0:
-        raise ValueError(f"rows have lengths {lengths}; none may be empty")
-    pad = nn.utils.rnn.pad_sequence
-    ids = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-    return pad(ids, True, fill), pad(real, True)
 
 
 def corrupt_spans(

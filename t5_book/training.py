@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from t5_book.batches import Batch
 from t5_book.checks import check_ids
 from t5_book.inference import evaluating
 from t5_book.objectives import PackedBatch, batch_logits
-from t5_book.span_corruption import Batch
 
 __all__ = ["Trainer", "cross_entropy", "evaluate"]
 
