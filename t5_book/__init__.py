@@ -21,16 +21,11 @@ from t5_book.feed_forward import (
 from t5_book.generation import WordStreamer, generate
 from t5_book.masks import causal_mask, expand_padding_mask
 from t5_book.objectives import (
-    UL2,
-    PackedBatch,
     SpecialIds,
-    batch_logits,
     bert_denoising,
     deshuffling,
     iid_denoising,
-    pack,
     prefix_lm,
-    segment_mask,
     span_denoising,
     ul2_denoising,
 )
@@ -42,6 +37,7 @@ from t5_book.optimizers import (
     muon_adamw,
     orthogonalize,
 )
+from t5_book.packing import PackedBatch, batch_logits, pack
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
     from_pretrained,
@@ -81,7 +77,6 @@ __all__ = [
     "SLOTS",
     "STORIES",
     "T5",
-    "UL2",
     "Adafactor",
     "Batch",
     "BeamSearchOutput",
@@ -134,7 +129,6 @@ __all__ = [
     "released_name",
     "restore_spans",
     "save_pretrained",
-    "segment_mask",
     "span_denoising",
     "span_lengths",
     "ul2_denoising",

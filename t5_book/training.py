@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from t5_book.batches import Batch
 from t5_book.checks import check_ids
 from t5_book.inference import evaluating
-from t5_book.objectives import PackedBatch, batch_logits
+from t5_book.packing import PackedBatch, batch_logits
 
 __all__ = ["Trainer", "cross_entropy", "evaluate"]
 
