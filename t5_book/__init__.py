@@ -37,7 +37,7 @@ from t5_book.optimizers import (
     muon_adamw,
     orthogonalize,
 )
-from t5_book.packing import PackedBatch, batch_logits, pack
+from t5_book.packing import PackedBatch, pack
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
     from_pretrained,
@@ -104,7 +104,6 @@ __all__ = [
     "WordStreamer",
     "adafactor",
     "attention_weights",
-    "batch_logits",
     "beam_search",
     "bert_denoising",
     "causal_mask",

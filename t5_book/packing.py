@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from t5_book.batches import Batch
 from t5_book.masks import segment_mask
 
-__all__ = ["PackedBatch", "batch_logits", "pack"]
+__all__ = ["PackedBatch", "pack"]
 
 
 class PackedBatch(NamedTuple):
