@@ -13,12 +13,14 @@ from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
 from t5_book.decoder import Decoder, DecoderBlock, DecoderCache
 from t5_book.encoder import Encoder, EncoderBlock
+from t5_book.evaluation import evaluate
 from t5_book.feed_forward import (
     FEED_FORWARDS,
     FeedForward,
     GatedFeedForward,
 )
 from t5_book.generation import WordStreamer, generate
+from t5_book.losses import cross_entropy
 from t5_book.masks import causal_mask, expand_padding_mask
 from t5_book.objectives import (
     SpecialIds,
@@ -33,7 +35,6 @@ from t5_book.optimizers import (
     Adafactor,
     Muon,
     adafactor,
-    linear_schedule,
     muon_adamw,
     orthogonalize,
 )
@@ -68,7 +69,7 @@ from t5_book.toy_language import (
     Source,
     ToyLanguage,
 )
-from t5_book.training import Trainer, cross_entropy, evaluate
+from t5_book.training import Trainer, linear_schedule
 
 __all__ = [
     "END",
