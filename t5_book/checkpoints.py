@@ -4,6 +4,7 @@ Built in chapter 18, "A training loop that can be stopped and resumed"
 (chapters/training.md). Edit the chapter, not this file.
 """
 
+import errno
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -39,28 +40,24 @@ def read_checkpoint(path: Path) -> dict:
         OSError: if the file can't be read.
         ValueError: if it is damaged, or not a checkpoint.
     """
-    start_anew = "use another folder for a new run"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise  # nothing is wrong with the file
     except Exception as error:  # a damaged file breaks in many ways
+        # A good file that can't be read is another matter. But torch looks for
+        # the end of a file that was cut short before its beginning: EINVAL.
+        unread = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if unread or isinstance(error, MemoryError):
+            raise
         raise ValueError(
             f"{path} is damaged or not a checkpoint of a Trainer "
-            f"({type(error).__name__}); {start_anew}"
+            f"({type(error).__name__}); use another folder for a new run"
         ) from error
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path} is not a checkpoint of a Trainer, but a {type(state).__name__}; "
-            f"{start_anew}"
-        )
-    lacking = [
-        name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)
-    ]
+    found = state if isinstance(state, dict) else {}
+    lacking = [name for name, kind in PARTS.items() if not isinstance(found.get(name), kind)]
     if lacking:
         raise ValueError(
             f"{path} is not a checkpoint of a Trainer: it has no {', '.join(lacking)}; "
-            f"{start_anew}"
+            "use another folder for a new run"
         )
     return state
 
