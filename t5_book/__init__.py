@@ -13,24 +13,21 @@ from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
 from t5_book.decoder import Decoder, DecoderBlock, DecoderCache
 from t5_book.encoder import Encoder, EncoderBlock
+from t5_book.evaluation import evaluate
 from t5_book.feed_forward import (
     FEED_FORWARDS,
     FeedForward,
     GatedFeedForward,
 )
 from t5_book.generation import WordStreamer, generate
+from t5_book.losses import cross_entropy
 from t5_book.masks import causal_mask, expand_padding_mask
 from t5_book.objectives import (
-    UL2,
-    PackedBatch,
     SpecialIds,
-    batch_logits,
     bert_denoising,
     deshuffling,
     iid_denoising,
-    pack,
     prefix_lm,
-    segment_mask,
     span_denoising,
     ul2_denoising,
 )
@@ -38,10 +35,10 @@ from t5_book.optimizers import (
     Adafactor,
     Muon,
     adafactor,
-    linear_schedule,
     muon_adamw,
     orthogonalize,
 )
+from t5_book.packing import PackedBatch, pack
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
     from_pretrained,
@@ -64,13 +61,12 @@ from t5_book.span_corruption import (
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
 from t5_book.toy_language import ToyLanguage
-from t5_book.training import Trainer, cross_entropy, evaluate
+from t5_book.training import Trainer, linear_schedule
 
 __all__ = [
     "FEED_FORWARDS",
     "PRESETS",
     "T5",
-    "UL2",
     "Adafactor",
     "Batch",
     "BeamSearchOutput",
@@ -96,7 +92,6 @@ __all__ = [
     "WordStreamer",
     "adafactor",
     "attention_weights",
-    "batch_logits",
     "beam_search",
     "bert_denoising",
     "causal_mask",
@@ -120,7 +115,6 @@ __all__ = [
     "released_name",
     "restore_spans",
     "save_pretrained",
-    "segment_mask",
     "span_denoising",
     "span_lengths",
     "ul2_denoising",

@@ -4,7 +4,8 @@ A mask over ``(b, n)`` says which tokens are real. Attention scores are
 ``(b, h, q, k)``, and a mask meets them only in the shapes made here.
 
 Built in chapter 6, "Attention: letting every token look at every other"
-(chapters/attention.md). Edit the chapter, not this file.
+(chapters/attention.md) and chapter 16, "Other objectives, and packing"
+(chapters/objectives.md). Edit the chapter, not this file.
 """
 
 import torch
@@ -66,3 +67,19 @@ def causal_mask(q_len: int, k_len: int, device: torch.device | None = None) -> T
     full = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
     # The last query may see all keys, the one before it all but one.
     return full.tril(diagonal=k_len - q_len)[None, None]  # [1 1 q k]
+
+
+def segment_mask(queries: Tensor, keys: Tensor) -> Tensor:
+    """Let tokens of a packed row meet those of their own segment alone.
+
+    Args:
+        queries: int64 ``[b q]``, the number of each token's segment.
+        keys: int64 ``[b k]``, the same for the keys; 0 is padding.
+
+    Returns:
+        bool ``[b q k]``; nobody attends to padding.
+
+    Source: t5x, ``network.py``.
+    """
+    same = queries[:, :, None] == keys[:, None, :]  # [b q k]
+    return same & (keys != 0)[:, None, :]
