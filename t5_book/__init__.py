@@ -10,6 +10,7 @@ from t5_book.attention import MultiHeadAttention, attention_weights
 from t5_book.beams import BeamSearchOutput, beam_search
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
+from t5_book.conversion import released_name
 from t5_book.decoder import Decoder, DecoderBlock, DecoderCache
 from t5_book.encoder import Encoder, EncoderBlock
 from t5_book.feed_forward import (
@@ -43,10 +44,8 @@ from t5_book.optimizers import (
 )
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
-    from_pretrained,
     load_pretrained,
     load_tokenizer,
-    released_name,
     save_pretrained,
 )
 from t5_book.relative_position import (
@@ -119,7 +118,6 @@ __all__ = [
     "deshuffling",
     "evaluate",
     "expand_padding_mask",
-    "from_pretrained",
     "generate",
     "iid_denoising",
     "linear_schedule",
