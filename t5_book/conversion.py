@@ -6,7 +6,7 @@ Flan-T5" (chapters/pretrained.md). Edit the chapter, not this file.
 
 import re
 
-from t5_book.checks import check_integer
+from t5_book.checks import check_flag, check_integer
 from t5_book.config import T5Config
 
 __all__ = ["released_name"]
@@ -133,12 +133,16 @@ def logits_scaled(entries: dict, tied: bool) -> bool | None:
     Args:
         entries: those of ``config.json``.
         tied: whether the head is the embedding.
+
+    Raises:
+        ValueError: if it says something else than true or false.
     """
-    if not tied:
-        return entries.get("scale_logits")
-    if entries.get("model_type") == "mt5":
+    if tied and entries.get("model_type") == "mt5":
         return False
-    return entries.get("scale_decoder_outputs")
+    name = "scale_decoder_outputs" if tied else "scale_logits"
+    if entries.get(name) is not None:
+        check_flag(f"config.json: {name}", entries[name])
+    return entries.get(name)
 
 
 def released_config(config: T5Config) -> dict:

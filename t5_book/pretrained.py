@@ -267,7 +267,8 @@ def check_fit(found: dict[str, tuple], wanted: dict[str, tuple], where: str) -> 
             lines.append(f"... and {len(complaints) - 20} more")
     if lines:
         number = len(missing) + len(surplus) + len(misshapen)
-        lines.insert(0, f"{number} tensors of {where} do not fit config.json:")
+        subject = "1 tensor does" if number == 1 else f"{number} tensors do"
+        lines.insert(0, f"{subject} not fit config.json, in {where}:")
         raise ValueError("\n".join(lines))
 
 
