@@ -11,6 +11,7 @@ from t5_book.batches import Batch
 from t5_book.beams import BeamSearchOutput, beam_search
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
+from t5_book.conversion import released_name
 from t5_book.decoder import Decoder, DecoderBlock, DecoderCache
 from t5_book.encoder import Encoder, EncoderBlock
 from t5_book.evaluation import evaluate
@@ -41,10 +42,8 @@ from t5_book.optimizers import (
 from t5_book.packing import PackedBatch, pack
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
-    from_pretrained,
     load_pretrained,
     load_tokenizer,
-    released_name,
     save_pretrained,
 )
 from t5_book.relative_position import (
@@ -100,7 +99,6 @@ __all__ = [
     "deshuffling",
     "evaluate",
     "expand_padding_mask",
-    "from_pretrained",
     "generate",
     "iid_denoising",
     "linear_schedule",

@@ -24,8 +24,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from t5_book import PRESETS, T5, T5Config, released_name
-from t5_book.pretrained import _entries
+from t5_book import PRESETS, T5, T5Config
+from t5_book.conversion import released_config, released_name
 
 GB = 1e9
 KINDS = {"safetensors": "model", "bin": "pytorch_model"}
@@ -67,7 +67,7 @@ def write_bin(file: Path, shapes: dict, dtype: torch.dtype) -> None:
 
 def make(folder: Path, options: argparse.Namespace) -> None:
     """Write a checkpoint of zeros, with its index."""
-    entries = _entries(T5Config(**PRESETS[options.preset]))
+    entries = released_config(T5Config(**PRESETS[options.preset]))
     (folder / "config.json").write_text(json.dumps(entries))
     write = write_sparse if options.kind == "safetensors" else write_bin
     dtype, stem = getattr(torch, options.dtype), KINDS[options.kind]
