@@ -4,8 +4,6 @@ Built in chapter 11, "Assemble T5" (chapters/t5.md). Edit the chapter, not
 this file.
 """
 
-
-
 __all__ = ["PRESETS"]
 
 
