@@ -41,7 +41,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from book import PACKAGE, ROOT, BookError, Chapter, code_of, read_chapters, read_notebook
+from book import ROOT, BookError, Chapter, code_of, read_chapters, read_notebook
 from outputs import store
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -79,7 +79,7 @@ class Runs:
         """
         earlier = self.chapters[: self.chapters.index(chapter)]
         modules = {cell.module for c in earlier for cell in c.cells if cell.module}
-        files = [self.root / PACKAGE / f"{module}.py" for module in modules]
+        files = [self.root / "t5_book" / f"{module}.py" for module in modules]
         files += [p for p in chapter.path.parent.iterdir() if p.suffix != ".md"]
         digest = hashlib.sha256(sys.version.encode())
         for path in sorted([*files, self.root / "requirements.txt"]):
