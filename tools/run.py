@@ -68,8 +68,9 @@ class Runs:
         if not os.access(folder, os.W_OK):
             print(f"run: {folder} can't be written, so no run is kept", file=sys.stderr)
             self.folder = TemporaryDirectory()
-            folder = self.folder.name
+            folder = Path(self.folder.name, "cache")
         self.cache = get_cache(str(folder))
+        self.pages = folder.parent / ".doctrees"
 
     def fingerprint(self, chapter: Chapter) -> str:
         """A hash of all that a run depends on, but for the chapter's cells.
@@ -105,8 +106,7 @@ class Runs:
         bundle = CacheBundleIn(notebook, f"{name}.md", data=data)
         self.cache.cache_notebook_bundle(bundle, overwrite=True)
         # Sphinx reads a page anew only if its text changed or this is missing.
-        page = self.root / "_build" / ".doctrees" / f"{name}.doctree"
-        page.unlink(missing_ok=True)
+        (self.pages / f"{name}.doctree").unlink(missing_ok=True)
 
 
 class Client(NotebookClient):
