@@ -19,20 +19,14 @@ def test_our_package_is_what_the_chapters_say(capsys):
     assert main(["--check"]) == 0, capsys.readouterr()
 
 
-GROWN = [
-    export('''
-"""What grows.
-
-Longer.
-"""
-
+GROWN = """
+\"\"\"What grows.\"\"\"
 import os
 from torch import nn, Tensor
 import torch
 
 __all__ = ["Tree"]
-'''),
-    export('''
+---
 # Why two.
 SIZE = 2
 DEPTH: int = 3  # small
@@ -45,8 +39,6 @@ def helper(x: Tensor) -> int:
 
 
 class Tree(nn.Module):
-    """A tree."""
-
     kind = "oak"
     # Kept as it is written.
     def __init__(self):
@@ -59,37 +51,32 @@ class Tree(nn.Module):
     @age.setter
     def age(self, value):
         self._age = value
-'''),
-    cell('print("not exported")'),
-    export("""
+---
 @add_to(Tree)
 def grow(self):
-    return trunk(self)
-"""),
-    export("""
+    return 1
+---
 # t5_book/wood.py
 \"\"\"What trees are made of.\"\"\"
 __all__ = []
-"""),
-    export("""
+---
 # t5_book/wood.py
 def trunk(tree):
     return 1
-"""),
-    export("""
+---
 # Better.
 @add_to(Tree)
 @torch.no_grad()
 def grow(self):
     return trunk(self) + helper(self) + SIZE
-"""),
-    export("def helper(x: Tensor) -> int:\n    return 2"),
-    export("Tree.plant = helper"),
-]
+---
+def helper(x: Tensor) -> int:
+    return 2
+---
+Tree.plant = helper
+"""
 GROWN_MODULE = '''\
 """What grows.
-
-Longer.
 
 Built in chapter 1, "Build grown" (chapters/grown.md). Edit the chapter, not
 this file.
@@ -114,8 +101,6 @@ def helper(x: Tensor) -> int:
 
 
 class Tree(nn.Module):
-    """A tree."""
-
     kind = "oak"
     # Kept as it is written.
     def __init__(self):
@@ -137,47 +122,27 @@ class Tree(nn.Module):
 
 Tree.plant = helper
 '''
-WOOD_MODULE = '''\
-"""What trees are made of.
-
-Built in chapter 1, "Build grown" (chapters/grown.md). Edit the chapter, not
-this file.
-"""
-
-__all__ = []
-
-
-def trunk(tree):
-    return 1
-'''
 
 
 def test_modules_are_as_written_by_hand(tmp_path):
-    files = exported(tmp_path, grown=GROWN)
+    cells = [export(code) for code in GROWN.split("---")]
+    files = exported(tmp_path, grown=[cell('print("not exported")'), *cells])
     assert files["grown.py"] == GROWN_MODULE
-    assert files["wood.py"] == WOOD_MODULE
+    wood = 'this file.\n"""\n\n__all__ = []\n\n\ndef trunk(tree):\n    return 1\n'
+    assert files["wood.py"].endswith(wood)
 
 
 def test_a_later_chapter_adds_to_a_module(tmp_path):
-    more = [
-        cell("from t5_book import X"),
-        export('# t5_book/one.py\n__all__ = ["Y"]'),
-        export("# t5_book/one.py\nfrom math import pi\n\nY = pi"),
-    ]
+    more = '# t5_book/one.py\nfrom math import pi\n\n__all__ = ["Y", "one"]\nY = one = pi'
     first = export('"""One."""\n__all__ = ["X"]\nX = 1')
-    files = exported(tmp_path, one=[first], two=more)
+    two = [cell("from t5_book import X"), export(more.replace("Y = one", "Y = pi\none"))]
+    files = exported(tmp_path, one=[first], two=two)
     assert '"Build one" (chapters/one.md) and chapter 2, "Build' in files["one.py"]
-    assert files["one.py"].endswith(
-        'from math import pi\n\n__all__ = ["X", "Y"]\n\nX = 1\n\nY = pi\n'
-    )
+    code = 'from math import pi\n\n__all__ = ["X", "Y", "one"]\n\nX = 1\nY = pi\none = pi\n'
+    assert files["one.py"].endswith(code)
+    # A name that a module bears would hide the module.
     assert "from t5_book.one import X, Y\n" in files["__init__.py"]
     assert "two.py" not in files
-
-
-def test_names_of_modules_are_not_hidden(tmp_path):
-    code = '"""One."""\n__all__ = ["one", "X"]\nX = 1\n\n\ndef one():\n    pass'
-    files = exported(tmp_path, one=[export(code)])
-    assert '__all__ = ["X"]' in files["__init__.py"]
 
 
 # What an export cell must not hold: the line of it, and a word of the message.
@@ -200,9 +165,12 @@ def test_errors_name_the_file_and_the_line(code, tmp_path):
         exported(tmp_path, one=[export(code), START])
 
 
-def test_a_module_needs_a_docstring(tmp_path):
+def test_a_module_needs_a_docstring_and_a_public_name_one_home(tmp_path):
     with pytest.raises(BookError, match=rf"one\.md:{FIRST_LINE}: .*docstring"):
         exported(tmp_path, one=[export("X = 1")])
+    both = export('"""A module."""\n__all__ = ["X"]\nX = 1')
+    with pytest.raises(BookError, match=r"two\.md:\d+: X .* one\.py"):
+        exported(tmp_path, one=[both], two=[both])
 
 
 def test_a_private_name_stays_in_its_module(tmp_path):
@@ -212,12 +180,6 @@ def test_a_private_name_stays_in_its_module(tmp_path):
         exported(tmp_path, one=[*one, other])
     with pytest.raises(BookError, match=r"two\.md:\d+: .*_f"):
         exported(tmp_path, one=one, two=[cell("from t5_book.one import _f")])
-
-
-def test_a_public_name_has_one_home(tmp_path):
-    both = export('"""A module."""\n__all__ = ["X"]\nX = 1')
-    with pytest.raises(BookError, match=r"two\.md:\d+: X .* one\.py"):
-        exported(tmp_path, one=[both], two=[both])
 
 
 LATER = [
@@ -238,17 +200,6 @@ def test_a_chapter_may_not_look_ahead(code, tmp_path):
         exported(tmp_path, one=[START], middle=[cell(code)], two=two)
 
 
-def test_a_chapter_that_is_not_there_or_has_no_heading(tmp_path):
-    book = make_book(tmp_path, one=[START])
-    path = book / "chapters" / "one.md"
-    path.write_text("No heading.\n")
-    with pytest.raises(BookError, match=r"one\.md has no heading"):
-        read_chapters(book)
-    path.unlink()
-    with pytest.raises(BookError, match=r"one\.md"):
-        read_chapters(book)
-
-
 def test_the_command_writes_what_changed_and_checks(tmp_path, capsys):
     book = make_book(tmp_path, one=[START, export("X = 1")])
     root = f"--root={book}"
@@ -260,5 +211,10 @@ def test_the_command_writes_what_changed_and_checks(tmp_path, capsys):
     stale.write_text("")
     assert main([root]) == 0
     assert not stale.exists() and module.stat().st_mtime_ns == date
-    (book / "_toc.yml").write_text("parts: []\n")
-    assert main([root]) == 1
+    # A chapter without a heading; none at all; no chapters.
+    chapter, toc = book / "chapters" / "one.md", book / "_toc.yml"
+    for change in (lambda: chapter.write_text(""), chapter.unlink):
+        change()
+        assert main([root]) == 1 and "one.md" in capsys.readouterr().err
+    toc.write_text("parts: []\n")
+    assert main([root]) == 1 and "_toc.yml" in capsys.readouterr().err
