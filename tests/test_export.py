@@ -21,7 +21,7 @@ def test_our_package_is_what_the_chapters_say(capsys):
 
 GROWN = """
 \"\"\"What grows.\"\"\"
-import os
+import functools, os
 from torch import nn, Tensor
 import torch
 
@@ -70,6 +70,7 @@ def trunk(tree):
 def grow(self):
     return trunk(self) + helper(self) + SIZE
 ---
+@functools.cache
 def helper(x: Tensor) -> int:
     return 2
 ---
@@ -81,6 +82,8 @@ GROWN_MODULE = '''\
 Built in chapter 1, "Build grown" (chapters/grown.md). Edit the chapter, not
 this file.
 """
+
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +99,7 @@ DEPTH: int = 3  # small
 NAMES = {}
 
 
+@functools.cache
 def helper(x: Tensor) -> int:
     return 2
 

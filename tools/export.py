@@ -120,27 +120,20 @@ def parse(cell: Cell) -> ast.Module:
 
 def check_imports(chapter: Chapter, earlier: dict[str, Module]) -> None:
     """Refuse an import of what no earlier chapter exports."""
-    public = {name for module in earlier.values() for name in module.public or module.shared}
+    known = set()
+    for name, module in earlier.items():
+        public = module.shared if module.public is None else module.public  # TRANSITION
+        known |= {name, *public, *(f"{name}.{shared}" for shared in module.shared)}
     for cell in chapter.cells:
         for node in ast.walk(parse(cell)):
-            if isinstance(node, ast.Import):
-                paths = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                paths = [f"{node.module}.{alias.name}" for alias in node.names]
-            else:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
                 continue
-            for path in paths:
-                package, _, rest = path.partition(".")
-                module, _, name = rest.partition(".")
-                if module == chapter.name or chapter.name in ("beams", "pretrained"):
+            start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                package, _, path = (start + alias.name).partition(".")
+                if path.startswith(f"{chapter.name}.") or chapter.name in ("beams", "pretrained"):
                     continue  # TRANSITION
-                if package != PACKAGE or not rest:
-                    continue
-                if name:
-                    known = module in earlier and name in earlier[module].shared
-                else:
-                    known = module in earlier or module in public
-                if not known:
+                if package == PACKAGE and path and path not in known:
                     where = cell.where(node.lineno)
                     raise BookError(f"{where}: no earlier chapter exports {path}")
 
@@ -152,7 +145,7 @@ def add_cell(module: Module, cell: Cell) -> None:
         where, name, target = cell.where(node.lineno), name_of(node), owner(node)
         if isinstance(node, ast.Import | ast.ImportFrom):
             module.imports.append(text)
-        elif is_text(node) and text.endswith('"""') and not module.docstring:
+        elif isinstance(node, ast.Expr) and text.endswith('"""') and not module.docstring:
             module.docstring = text
         elif name == "__all__":
             more = dict.fromkeys(ast.literal_eval(node.value), where)
@@ -190,11 +183,6 @@ def statements(
         start = node.end_lineno
 
 
-def is_text(node: ast.stmt) -> bool:
-    """Is the statement a text alone, such as a docstring?"""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
 def owner(node: ast.stmt) -> str | None:
     """The class that ``@add_to(Cls)`` names, if the statement has it."""
     for decorator in getattr(node, "decorator_list", []):
@@ -206,8 +194,9 @@ def owner(node: ast.stmt) -> str | None:
 def name_of(node: ast.stmt) -> str:
     """What a statement defines: ``generate``, ``PRESETS`` or ``T5.generate``."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        setters = [d for d in node.decorator_list if isinstance(d, ast.Attribute)]
-        return ast.unparse(setters[0]) if setters else node.name
+        decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+        setter = f"{node.name}.setter"
+        return setter if setter in decorators else node.name
     if isinstance(node, ast.Assign):
         return ast.unparse(node.targets[0])
     return ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else ""
@@ -258,10 +247,7 @@ def render(module: Module) -> str:
     docstring = "\n".join([module.docstring[:-3].rstrip(), "", *lines, '"""'])
     head = [docstring, "\n".join(module.imports), listing(module.public)]
     text = "\n\n".join(part for part in head if part)
-    definitions = list(module.definitions.values())
-    if definitions:
-        text += "\n\n" if definitions[0].constant else "\n\n\n"
-    return text + join(definitions) + "\n"
+    return text + join(module.definitions.values()) + "\n"
 
 
 def listing(names: Iterable[str]) -> str:
@@ -276,9 +262,9 @@ def join(definitions: Iterable[Definition]) -> str:
     """Definitions below each other; constants stay as close as they were."""
     text, before = "", None
     for definition in definitions:
-        if before and before.constant and definition.constant:
-            text += "\n\n" if definition.spaced else "\n"
-        elif before:
+        if definition.constant and (before is None or before.constant):
+            text += "\n\n" if before is None or definition.spaced else "\n"
+        else:
             text += "\n\n\n"
         text += definition.text
         before = definition
