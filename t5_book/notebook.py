@@ -4,8 +4,6 @@ Built in chapter 1, "Text-to-text: every task as text"
 (chapters/text_to_text.md). Edit the chapter, not this file.
 """
 
-
-
 __all__ = []
 
 

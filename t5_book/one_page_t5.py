@@ -112,8 +112,7 @@ class Attention(nn.Module):
             scores = scores + bias
         if mask is not None:  # bool, broadcasts to [b h q k], True = attend
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        weights = self.dropout(scores.softmax(-1, dtype=wide).to(scores.dtype))
+        weights = self.dropout(scores.softmax(-1))
         mixed = weights @ values  # [b h q d]
         return self.o(mixed.transpose(1, 2).flatten(2))  # [b q dim]
 

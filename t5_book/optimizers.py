@@ -4,20 +4,11 @@ Built in chapter 17, "Decide how far to step" (chapters/optimizers.md). Edit
 the chapter, not this file.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-__all__ = [
-    "Adafactor",
-    "Muon",
-    "adafactor",
-    "linear_schedule",
-    "muon_adamw",
-    "orthogonalize",
-]
+__all__ = ["Adafactor", "Muon", "adafactor", "muon_adamw", "orthogonalize"]
 
 
 class _PerParameter(Optimizer):
@@ -201,32 +192,3 @@ def muon_adamw(
     ]
     adamw = AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     return [Muon(matrices, lr=lr, rounds=rounds), adamw]
-
-
-def linear_schedule(steps: int, warmup: int) -> Callable[[int], float]:
-    """Climb to 1 in ``warmup`` steps, then fall to 0 at ``steps``.
-
-    Args:
-        steps: length of the training.
-        warmup: length of the climb, from 1 to ``steps - 1``.
-
-    Returns:
-        A function from the step, counted from 0, to the factor by which
-        every learning rate is multiplied.
-
-    Raises:
-        ValueError: if ``warmup`` is not between 1 and ``steps - 1``.
-
-    Built in chapter 17, "Decide how far to step".
-    """
-    if not 1 <= warmup < steps:
-        raise ValueError(
-            f"warmup is {warmup} in a training of {steps} steps; "
-            f"pass 1 to {steps - 1}"
-        )
-
-    def factor(step: int) -> float:
-        up, down = (step + 1) / warmup, (steps - step) / (steps - warmup)
-        return max(0.0, min(up, down))
-
-    return factor

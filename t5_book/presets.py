@@ -4,8 +4,6 @@ Built in chapter 11, "The whole T5: embeddings, two stacks, a head and a
 loss" (chapters/t5.md). Edit the chapter, not this file.
 """
 
-
-
 __all__ = ["PRESETS"]
 
 

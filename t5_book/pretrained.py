@@ -1,34 +1,77 @@
 """Released weights in and out, in the files that transformers uses.
 
-Built in chapter 15, "Load the released T5" (chapters/pretrained.md). Edit
-the chapter, not this file.
+Built in chapter 15, "Released weights: loading T5, mT5, ByT5, UMT5 and
+Flan-T5" (chapters/pretrained.md). Edit the chapter, not this file.
 """
 
+import hashlib
 import json
+import os
+import shutil
+import time
+import warnings
 import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial, reduce
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from t5_book.byte_tokenizer import ByteTokenizer
+from t5_book.checks import check_integer
 from t5_book.config import T5Config
-from t5_book.hub import find_release, find_weights
+from t5_book.conversion import (
+    logits_scaled,
+    our_config,
+    our_name,
+    released_config,
+    released_name,
+)
+from t5_book.hub import find_release, find_weights, parse_json
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
 
-__all__ = [
-    "from_pretrained",
-    "load_pretrained",
-    "load_tokenizer",
-    "released_name",
-    "save_pretrained",
-]
+__all__ = ["load_pretrained", "load_tokenizer", "save_pretrained"]
+
+# The types that weights can have, by their names in safetensors
+FLOATS = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def safetensors_header(tensors: dict, notes: dict[str, str] | None = None) -> bytes:
+    """The beginning of a safetensors file, which says what is in it and where.
+
+    Args:
+        tensors: by name, in the order in which their numbers will follow;
+            only their shapes and dtypes count.
+        notes: texts to store with them; default: none.
+    """
+    dtypes = {dtype: name for name, dtype in FLOATS.items()}
+    entries = {"__metadata__": notes} if notes else {}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end = start + prod(tensor.shape) * tensor.dtype.itemsize
+        entries[name] = {
+            "dtype": dtypes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
@@ -38,256 +81,454 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
         name_or_path: a folder, or a name on the hub; see ``find_release``.
 
     Raises:
-        ValueError: if there is no ``spiece.model``, and it is no ByT5.
+        ValueError: if there is no ``spiece.model``, and it is no ByT5; if
+            a file is damaged.
         FileNotFoundError, ImportError, ConnectionError: as
             ``find_release``.
-
-    Built in chapter 14, "Read bytes instead of words".
     """
-    files = "config.json", "tokenizer_config.json", "spiece.model"
-    folder = find_release(name_or_path, *files)
+    options = "config.json", "tokenizer_config.json"
+    folder = find_release(name_or_path, *options, "spiece.model")
     values = {}
-    for file in filter(Path.is_file, (folder / name for name in files[:2])):
-        values |= json.loads(file.read_text("utf-8"))
-    if (folder / files[2]).is_file():
+    for name in options:
+        file = folder / name
+        if file.is_file():
+            values |= parse_json(file.read_bytes(), file)
+    vocabulary = folder / "spiece.model"
+    if vocabulary.is_file():
         extra_ids = values.get("extra_ids", 100)
-        return Tokenizer.load(folder / files[2], extra_ids=extra_ids)
-    named = values.get("tokenizer_class") == "ByT5Tokenizer"
-    if not (named or values.get("vocab_size") == 384):
+        check_integer(f"extra_ids in {folder}", extra_ids, 0)
+        if extra_ids > 1000:  # T5 has 100, UMT5 300
+            raise ValueError(f"{folder} asks for {extra_ids} sentinels; T5 has 100")
+        return Tokenizer.load(vocabulary, extra_ids=extra_ids)
+    is_byt5 = values.get("tokenizer_class") == "ByT5Tokenizer"
+    if not is_byt5 and values.get("vocab_size") != 384:
         raise ValueError(f"{folder} has no spiece.model, and is no ByT5")
     return ByteTokenizer()
 
 
-_TABLE, _HEAD = "shared.weight", "lm_head.weight"
-_TABLES = (_TABLE, "encoder.embed_tokens.weight",
-           "decoder.embed_tokens.weight", _HEAD)
-_BIAS = "SelfAttention.relative_attention_bias.weight"
-_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
-_PLACES = {
-    "attention_norm": "0.layer_norm",
-    "attention": "0.SelfAttention",
-    "self_norm": "0.layer_norm",
-    "self_attention": "0.SelfAttention",
-    "cross_norm": "1.layer_norm",
-    "cross_attention": "1.EncDecAttention",
-    "feed_forward_norm": "{last}.layer_norm",
-    "feed_forward": "{last}.DenseReluDense",
-}
+class StoredTensor(NamedTuple):
+    """A tensor that has not been read yet, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # a str where it is no type that weights can have
+    read: Callable[[], Tensor]
 
 
-def released_name(name: str) -> str:
-    """Translate the name of a parameter of ours to the released files'.
+def stored_tensor(tensor: Tensor) -> StoredTensor:
+    """A tensor in memory; reading it makes a copy."""
+    tensor = tensor.detach()
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.clone)
 
-    Built in chapter 15, "Load the released T5" (transformers,
-    ``modeling_t5.py``).
+
+def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file, and the notes in its header."""
+    # "pread" reads from the open file, which may then be replaced by another.
+    opened = safe_open(file, "pt", backend="pread")
+    stored = {}
+    for name in opened.keys():
+        part = opened.get_slice(name)
+        dtype = FLOATS.get(part.get_dtype(), part.get_dtype())
+        read = partial(opened.get_tensor, name)
+        stored[name] = StoredTensor(tuple(part.get_shape()), dtype, read)
+    return stored, opened.metadata() or {}
+
+
+def open_pickle(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file of ``torch.save``; no program in it is run."""
+    is_archive = zipfile.is_zipfile(file)  # before 2020 they were none
+    if is_archive:
+        with zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                # torch.save compresses nothing; what is compressed can grow.
+                if part.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{part.filename} is compressed")
+    held = torch.load(file, "cpu", weights_only=True, mmap=is_archive)
+    stored = {}
+    for name, tensor in held.items():
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise TypeError(f"{name} is no plain tensor with numbers")
+        stored[str(name)] = stored_tensor(tensor)
+    return stored
+
+
+TABLE = "shared.weight"
+HEAD = "lm_head.weight"
+# All names of the embedding; the best comes first.
+TABLES = (TABLE, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD)
+
+
+def open_weights(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Open a file of weights: its tensors, not yet read, and its notes.
+
+    Raises:
+        ValueError: if the file is damaged, holds more than tensors, or is
+            smaller than its tensors.
     """
-    stack, part, *rest = name.split(".")
-    if stack in ("enc_emb", "head"):
-        return _TABLE if stack == "enc_emb" else _HEAD
-    if part == "norm":
-        return f"{stack}.final_layer_norm.weight"
-    if part == "biases":
-        return f"{stack}.block.{rest[0]}.layer.0.{_BIAS}"
-    if part != "blocks":
-        return name  # no parameter of a T5
-    block, place, *weight = rest
-    layer = _PLACES[place].format(last=1 if stack == "encoder" else 2)
-    return ".".join([stack, "block", block, "layer", layer, *weight])
-
-
-_SIZES = {"num_tokens": "vocab_size", "heads": "num_heads",
-          "dim_head": "d_kv", "mlp_mult": "d_ff"}
-_ENTRIES = {
-    "dim": "d_model",
-    "enc_depth": "num_layers",
-    "dec_depth": "num_decoder_layers",
-    "feed_forward": "feed_forward_proj",
-    "dropout": "dropout_rate",
-    "num_buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
-    "pad_id": "pad_token_id", "eos_id": "eos_token_id",
-    "start_id": "decoder_start_token_id",
-    "scale_logits": "scale_decoder_outputs",
-} | {f"{side}_{o}": t for side in ("enc", "dec") for o, t in _SIZES.items()}
-
-
-def _keywords(values: dict) -> dict:
-    """Translate a ``config.json`` to keywords of ``T5``, the head apart."""
-    values = {name: v for name, v in values.items() if v is not None}
-    kind, eps = values.get("model_type"), values.get("layer_norm_epsilon")
-    if kind not in ("t5", "mt5", "umt5") or eps not in (1e-6, None):
-        raise ValueError(
-            f"config.json has model_type {kind!r}, layer_norm_epsilon {eps}"
-            "; this book loads 't5', 'mt5' and 'umt5' with 1e-06"
-        )
-    if lacking := {"d_model", "num_layers", *_SIZES.values()} - {*values}:
-        raise ValueError(f"config.json lacks {', '.join(sorted(lacking))}")
-    values = {
-        "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu",
-        "dropout_rate": 0.1,
-        "num_decoder_layers": values["num_layers"],
-        "scale_decoder_outputs": False if kind == "mt5" else None,
-        "decoder_start_token_id": values.get("pad_token_id", 0),
-    } | values
-    config = {o: values[t] for o, t in _ENTRIES.items() if t in values}
-    for ours in ("enc_mlp_mult", "dec_mlp_mult"):
-        config[ours] = values["d_ff"] / values["d_model"]
-    return config | {"bias_per_layer": kind == "umt5"}
-
-
-def _open(file: Path) -> dict:
-    """For each tensor in a file, the function that reads it."""
-    try:
+    with naming_damage(file):
         if file.suffix == ".safetensors":
-            held = safe_open(file, "pt", backend="pread")
-            return {n: partial(held.get_tensor, n) for n in held.keys()}
-        mapped = zipfile.is_zipfile(file)  # before 2020 they were none
-        held = torch.load(file, "cpu", weights_only=True, mmap=mapped)
-        return {str(name): tensor.clone for name, tensor in held.items()}
-    except OSError:
+            stored, notes = open_safetensors(file)
+        else:
+            stored, notes = open_pickle(file), {}
+    sizes = {name: number_of_bytes(tensor) for name, tensor in stored.items()}
+    # Its four names may all be one table, which is in the file only once.
+    promised = max([sizes.pop(name) for name in TABLES if name in sizes], default=0)
+    promised += sum(sizes.values())
+    size = file.stat().st_size
+    if promised > size:
+        raise ValueError(f"{file} has {size} bytes, but promises tensors of {promised}")
+    return stored, notes
+
+
+def number_of_bytes(tensor: StoredTensor) -> int:
+    """The room that a tensor takes; 0 if its type is one that is refused anyway."""
+    if tensor.dtype not in FLOATS.values():
+        return 0
+    return prod(tensor.shape) * tensor.dtype.itemsize
+
+
+@contextmanager
+def naming_damage(file: Path):
+    """Turn what damaged files raise into a ValueError with the file's name."""
+    try:
+        yield
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # damaged files break in many ways
-        hint = f"nothing in it was run ({type(error).__name__})"
-        message = f"{file} is damaged, or holds more than tensors; {hint}"
-        raise ValueError(message) from None
+        raise ValueError(
+            f"{file} is damaged, or holds more than tensors; nothing in it was run "
+            f"({type(error).__name__})"
+        ) from None
 
 
-def _add(weights: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Keep a tensor, unless it is a copy of the embedding table."""
-    for twin in _TABLES if name in _TABLES else ():
-        if twin in weights and torch.equal(weights[twin], tensor):
-            weights[min(name, twin, key=_TABLES.index)] = weights.pop(twin)
-            return
-    if not name.endswith("EncDecAttention.relative_attention_bias.weight"):
-        weights[name] = tensor  # a bias of cross-attention: no reader
+def open_shards(files: list[Path]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Open all files of a release, as ``open_weights`` does one.
 
-
-def _read(files: list[Path], dtype, device) -> dict[str, Tensor]:
-    """Read tensor by tensor, each converted before the next is read."""
-    if dtype not in (None, *_FLOATS):
-        raise ValueError(f"dtype is {dtype!r}; pass one of {_FLOATS}")
-    weights = {}
+    Raises:
+        ValueError: as ``open_weights``, and if two files contradict each
+            other.
+    """
+    stored, notes = {}, {}
     for file in files:
-        readers = _open(file).items()
-        for name, read in tqdm(readers, file.name, unit="tensor", delay=2):
-            tensor = read()
-            if tensor.dtype not in _FLOATS:
-                wrong = f"{name} is {tensor.dtype}"
-                raise ValueError(f"{wrong}; weights must be of {_FLOATS}")
-            _add(weights, name, tensor.to(device, dtype))
-    if tables := [name for name in _TABLES[:3] if name in weights]:
-        weights[_TABLE] = weights.pop(tables[0])
-    kinds = {w.dtype for w in weights.values()} or {dtype}
-    kind = reduce(torch.promote_types, kinds)
-    return {name: weights.pop(name).to(kind) for name in [*weights]}
+        found, notes = open_weights(file)
+        for name in sorted(found.keys() & stored.keys()):
+            if not same_numbers(found[name], stored[name]):
+                raise ValueError(f"{name} in {file} is not what another shard says")
+        stored.update(found)
+    return stored, notes
 
 
-def _check(found: dict, own: dict, folder: Path) -> None:
-    """Name the tensors that are missing, surplus or misshapen."""
-    wanted = {released_name(n): weight for n, weight in own.items()}
+def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are equal; reads them only if their shapes are."""
+    return one.shape == other.shape and torch.equal(one.read(), other.read())
+
+
+def drop_copies(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Keep the embedding once, as ``shared.weight``, and a head if it differs."""
+    kept = dict(stored)
+    names = [name for name in TABLES if name in stored]
+    for name in names[1:]:
+        if same_numbers(stored[name], stored[names[0]]):
+            del kept[name]
+    if names and names[0] != HEAD:
+        kept[TABLE] = kept.pop(names[0])
+    return kept
+
+
+def read_weights(
+    stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Read tensor by tensor; return them by our names."""
+    weights = {}
+    for name, tensor in tqdm(stored.items(), "loading", unit="tensor", delay=2):
+        weights[our_name(name)] = tensor.read().to(device, dtype)
+    return weights
+
+
+def check_fit(found: dict[str, tuple], wanted: dict[str, tuple], where: str) -> None:
+    """Name the tensors that are missing, surplus or misshapen.
+
+    Args:
+        found, wanted: shapes by released names.
+        where: what to call the place where they were found.
+
+    Raises:
+        ValueError: if there are any; it shows up to 20 of each kind.
+    """
     missing = [f"{name} is missing" for name in wanted if name not in found]
     surplus = [f"{name} is surplus" for name in found if name not in wanted]
     misshapen = []
-    for name in [name for name in wanted if name in found]:
-        shape, right = tuple(found[name].shape), tuple(wanted[name].shape)
-        if shape != right:
-            misshapen.append(f"{name} has shape {shape}, not {right}")
-    kinds = [kind for kind in (missing, surplus, misshapen) if kind]
-    if kinds:
-        wrong = f"{sum(map(len, kinds))} tensors in {folder} do not fit"
-        shown = [x for k in kinds for x in k[:20] + ["..."] * (len(k) > 20)]
-        raise ValueError(f"{wrong} config.json:\n" + "\n".join(shown))
+    for name, shape in wanted.items():
+        if name in found and found[name] != shape:
+            misshapen.append(f"{name} has shape {found[name]}, not {shape}")
+    lines = []
+    for complaints in (missing, surplus, misshapen):
+        lines += complaints[:20]
+        if len(complaints) > 20:
+            lines.append(f"... and {len(complaints) - 20} more")
+    if lines:
+        number = len(missing) + len(surplus) + len(misshapen)
+        subject = "1 tensor does" if number == 1 else f"{number} tensors do"
+        lines.insert(0, f"{subject} not fit config.json, in {where}:")
+        raise ValueError("\n".join(lines))
 
 
-def load_pretrained(
-    name_or_path: str | Path, *, dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None, kind: type[T5] = T5,
+def check_possible(config: T5Config, stored: dict[str, StoredTensor]) -> None:
+    """Refuse sizes that these tensors cannot have, before a model is built."""
+    numbers = sum(prod(tensor.shape) for tensor in stored.values())
+    for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
+        largest = stack.dim * max(
+            config.enc_num_tokens, stack.heads * stack.dim_head, stack.mlp_dim
+        )
+        largest = max(largest, stack.num_buckets * stack.heads)
+        if largest > numbers:
+            raise ValueError(
+                f"config.json asks for a tensor of {largest} numbers, but all tensors "
+                f"together have {numbers}"
+            )
+        start = f"{side}.block."
+        blocks = {name.split(".")[2] for name in stored if name.startswith(start)}
+        for k in range(stack.depth):
+            if str(k) not in blocks:
+                raise ValueError(
+                    f"config.json asks for {stack.depth} blocks in the {side}, "
+                    f"but {start}{k} is missing"
+                )
+
+
+STALE = ".EncDecAttention.relative_attention_bias.weight"  # no T5 reads it
+BIAS = ".SelfAttention.relative_attention_bias.weight"
+
+
+def load_released(
+    config: dict,
+    tensors: Mapping[str, Tensor | StoredTensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    model_class: type[T5] = T5,
 ) -> T5:
-    """Load a released T5, or one that ``save_pretrained`` wrote.
+    """Build a T5 from a configuration and tensors as released files have them.
 
-    ``name_or_path`` is a folder, a file with ``config.json`` beside it, or
-    a name on the hub. ``dtype`` (default: the files') and ``device`` are
-    those of the weights; ``kind`` is ``T5`` or a class derived from it.
+    This is the way for a model that is in memory: ``load_released(
+    theirs.config.to_dict(), theirs.state_dict())``.
 
-    Returns the model, in evaluation mode. Raises ValueError if the files
-    are damaged, no T5's, or do not fit together (the message names the
-    tensors that do not), and whatever ``find_weights`` raises.
+    Args:
+        config: the entries of a ``config.json``.
+        tensors: by the names of ``transformers``. They are copied.
+        dtype: of the weights; default: theirs, or the widest of those.
+        device: of the weights; default: torch's default.
+        model_class: ``T5`` or a class derived from it.
 
-    Built in chapter 15, "Load the released T5".
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if the configuration is no T5's, or does not fit the
+            tensors; the message names up to 20 tensors of each kind.
     """
-    files = find_weights(name_or_path)
-    path = files[0].with_name("config.json")
-    values = json.loads(path.read_text("utf-8"))
-    config = _keywords(values)
-    weights = _read(files, dtype, device or torch.get_default_device())
-    blocks = {n.split(".")[2] for n in weights if n.endswith(_BIAS)}
-    if max(config["enc_depth"], config["dec_depth"]) > 1:
-        config["bias_per_layer"] = blocks > {"0"}
-    if not (tied := _HEAD not in weights):
-        config["scale_logits"] = values.get("scale_logits")
+    allowed = "one of " + ", ".join(map(str, FLOATS.values()))
+    if dtype not in (None, *FLOATS.values()):
+        raise ValueError(f"dtype is {dtype!r}; pass {allowed}")
+    stored = {}
+    for name, tensor in tensors.items():
+        if name.endswith(STALE):
+            continue
+        if isinstance(tensor, Tensor):
+            tensor = stored_tensor(tensor)
+        if tensor.dtype not in FLOATS.values():
+            raise ValueError(f"{name} is {tensor.dtype}; a weight must be {allowed}")
+        stored[name] = tensor
+    ours = our_config(config)
+    check_possible(ours, stored)
+
+    # What the tensors know better than config.json
+    stored = drop_copies(stored)
+    tied = HEAD not in stored
+    ours = replace(ours, tie_head=tied, scale_logits=logits_scaled(config, tied))
+    if max(ours.enc_depth, ours.dec_depth) > 1:
+        tables = [name for name in stored if name.endswith(BIAS)]
+        per_layer = any(".block.0." not in name for name in tables)
+        ours = replace(ours, bias_per_layer=per_layer)
+
     with torch.device("meta"):
-        model = kind(**config, tie_head=tied)
-    own = dict(model.named_parameters())
-    _check(weights, own, path.parent)
-    ours = {name: weights[released_name(name)] for name in own}
-    model.load_state_dict(ours, strict=False, assign=True)
-    if model.config.tie_head:
+        model = model_class(**asdict(ours))
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    check_fit(found, released_shapes(model), "the release")
+
+    dtype = dtype or reduce(torch.promote_types, [t.dtype for t in stored.values()])
+    weights = read_weights(stored, dtype, device or torch.get_default_device())
+    # assign=True: what was read becomes the parameter itself. A tied head is
+    # not among the names, and is tied again.
+    model.load_state_dict(weights, strict=False, assign=True)
+    if tied:
         model.head.weight = model.dec_emb.weight
     return model.eval()
 
 
-def _entries(config: T5Config) -> dict:
-    """The ``config.json`` of a model, or ValueError if there is none."""
-    own, values = dict(vars(config)), {}
-    own["scale_logits"] = config.logit_scale != 1
-    wrong = [] if config.tie_token_emb else ["two embedding tables"]
-    for name in ("enc_mlp_mult", "dec_mlp_mult"):
-        own[name] = round(own[name] * config.dim)
-    for ours, theirs in _ENTRIES.items():
-        if values.setdefault(theirs, own[ours]) != own[ours]:
-            wrong.append(f"{theirs} {values[theirs]} and {own[ours]}")
-    if wrong:
-        raise ValueError(
-            f"transformers has no T5 with {', '.join(wrong)}; keep this "
-            "one as model.state_dict() and model.config.to_json()"
-        )
-    kind = "umt5" if config.bias_per_layer else "t5"
-    return values | {
-        "architectures": [f"{kind.upper()}ForConditionalGeneration"],
-        "is_encoder_decoder": True, "model_type": kind,
-        "scale_logits": None if config.tie_head else own["scale_logits"],
-        "tie_word_embeddings": config.tie_head,
-    }
+def released_shapes(model: T5) -> dict[str, tuple]:
+    """The shapes of a model's weights, by released names."""
+    named = model.named_parameters()
+    return {released_name(name): tuple(weight.shape) for name, weight in named}
 
 
-def save_pretrained(model: T5, folder: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` for transformers.
+def load_pretrained(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    model_class: type[T5] = T5,
+) -> T5:
+    """Load a released T5, or one that ``save_pretrained`` wrote.
 
-    Raises ValueError, and writes nothing, if the two sides of ``model``
-    differ in more than depth: the format has no words for that.
+    The weights are read tensor by tensor: it takes their own size in memory,
+    and no more than the largest of them on top. No program in a file is run.
 
-    Built in chapter 15, "Load the released T5".
+    Args:
+        name_or_path: a folder; a file of weights, or an index of them, with
+            ``config.json`` beside it; or a name on the hub.
+        dtype, device, model_class: as for ``load_released``.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if files are damaged, no T5's, or do not fit together;
+            see ``load_released``.
+        FileNotFoundError, ImportError, ConnectionError: as ``find_weights``.
     """
-    entries, own = _entries(model.config), model.named_parameters()
-    with torch.device("meta"):
-        plain = dict(T5(**vars(model.config)).named_parameters())
-    weights = {released_name(n): w.detach().contiguous() for n, w in own}
-    _check(weights, plain, "the model")
-    entries["dtype"] = str(model.head.weight.dtype).removeprefix("torch.")
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(entries, indent=2) + "\n"
-    with TemporaryDirectory(prefix=".part-", dir=folder) as part:
-        Path(part, "config.json").write_text(text, "utf-8")
-        save_file(weights, f"{part}/model.safetensors", {"format": "pt"})
-        for file in Path(part).iterdir():
-            file.replace(folder / file.name)
+    files = find_weights(name_or_path)
+    stored, notes = open_shards(files)
+    folder = files[0].parent
+    entries = saved_config(folder / "config.json", notes)
+    try:
+        return load_released(
+            entries, stored, dtype=dtype, device=device, model_class=model_class
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def saved_config(file: Path, notes: dict[str, str]) -> dict:
+    """The entries of a ``config.json``, or of the copy beside the weights.
+
+    ``save_pretrained`` stores a copy with the weights. It counts only if the
+    two are from different saves, as after a crash between them.
+    """
+    copy = notes.get("t5_book_config")
+    if copy is None:
+        return parse_json(file.read_bytes(), file)
+    copied = parse_json(copy, f"the configuration in the weights beside {file}")
+    entries = parse_json(file.read_bytes(), file) if file.is_file() else {}
+    if entries.get("save_id") == copied.get("save_id"):
+        return entries
+    warnings.warn(
+        f"{file} is not from the same save as the weights beside it; their own copy "
+        "of the configuration is used",
+        stacklevel=3,
+    )
+    return copied
 
 
 def from_pretrained(cls, name_or_path, *, dtype=None, device=None):
     """Load a released T5, as ``t5_book.load_pretrained`` says."""
-    return load_pretrained(name_or_path, dtype=dtype, device=device, kind=cls)
+    return load_pretrained(name_or_path, dtype=dtype, device=device, model_class=cls)
+
+
+def from_released(cls, config, tensors, *, dtype=None, device=None):
+    """Load from memory, as ``t5_book.pretrained.load_released`` says."""
+    return load_released(config, tensors, dtype=dtype, device=device, model_class=cls)
 
 
 T5.from_pretrained = classmethod(from_pretrained)
+T5.from_released = classmethod(from_released)
+
+
+def released_tensors(model: T5) -> dict[str, Tensor]:
+    """The weights of a model by released names, each of them once.
+
+    ``safetensors.torch.save_file`` takes them, which it does not do with the
+    ``state_dict`` of a tied model. They are the model's own, not copies.
+
+    Raises:
+        ValueError: if a weight has no numbers, or if the model is not one
+            that its configuration describes.
+    """
+    with torch.device("meta"):
+        plain = T5(**asdict(model.config))
+    check_fit(released_shapes(model), released_shapes(plain), "the model")
+    tensors = {}
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no numbers to save")
+        if weight.dtype not in FLOATS.values():
+            raise ValueError(f"{name} is {weight.dtype}; call model.float() to save it")
+        tensors[released_name(name)] = weight.detach()
+    return tensors
+
+
+def write_safetensors(file: Path, tensors: dict[str, Tensor], notes: dict[str, str]):
+    """Write tensors and notes; the same file for the same content."""
+    # Wide types go first, so that all numbers begin at a multiple of their size.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    ordered = {name: tensors[name] for name in names}
+    with file.open("wb") as out:
+        out.write(safetensors_header(ordered, notes))
+        for tensor in ordered.values():
+            out.write(tensor.cpu().contiguous().view(torch.uint8).numpy())
+
+
+def save_pretrained(model: T5, folder: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors``, for ``transformers``, too.
+
+    A crash leaves the old model or the new one, for ``load_pretrained``; a
+    program that reads meanwhile gets one of them as well.
+
+    Args:
+        model: a ``T5``.
+        folder: where to write; made if it is not there.
+
+    Raises:
+        ValueError: as ``released_config`` and ``released_tensors``; nothing
+            is written then.
+    """
+    entries = released_config(model.config)
+    tensors = released_tensors(model)
+    entries["dtype"] = str(model.head.weight.dtype).removeprefix("torch.")
+    # numpy's numbers, which a configuration may hold, have `item`.
+    to_json = partial(json.dumps, indent=2, default=lambda number: number.item())
+    entries["save_id"] = hashlib.sha256(to_json(entries).encode()).hexdigest()[:16]
+    text = to_json(entries) + "\n"
+
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    with TemporaryDirectory(prefix=".part-", dir=folder) as part:
+        config, weights = Path(part, "config.json"), Path(part, "model.safetensors")
+        config.write_text(text, "utf-8")
+        # transformers wants to be told the format
+        write_safetensors(weights, tensors, {"format": "pt", "t5_book_config": text})
+        for file in (weights, config):
+            write_through(file)
+            file.replace(folder / file.name)
+    write_through(folder)
+
+
+def write_through(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows cannot open a folder
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a save left that was killed more than a day ago."""
+    for part in folder.glob(".part-*"):
+        if part.is_dir() and time.time() - part.stat().st_mtime > 24 * 60 * 60:
+            shutil.rmtree(part, ignore_errors=True)
+
+
 T5.save_pretrained = save_pretrained

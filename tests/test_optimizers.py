@@ -9,7 +9,6 @@ from t5_book.optimizers import (
     Adafactor,
     Muon,
     adafactor,
-    linear_schedule,
     muon_adamw,
     orthogonalize,
 )
@@ -261,20 +260,6 @@ def test_muon_steps_as_torch_does(shape):
             optimizer.step()
     moved = (theirs - 1).abs().max()  # torch computes in bfloat16
     assert (ours - theirs).abs().max() < 0.05 * moved
-
-
-def test_the_schedule_climbs_and_falls_to_zero():
-    factor = linear_schedule(steps=10, warmup=4)
-    values = [factor(step) for step in range(12)]
-    assert values[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert values[3:11] == sorted(values[3:11], reverse=True)
-    assert values[10:] == [0, 0]
-
-
-@pytest.mark.parametrize("warmup", [0, 10, 11])
-def test_a_warmup_outside_the_training_is_an_error(warmup):
-    with pytest.raises(ValueError, match=f"warmup is {warmup} .* 10 steps"):
-        linear_schedule(steps=10, warmup=warmup)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

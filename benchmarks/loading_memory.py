@@ -1,7 +1,7 @@
 """Measure how much memory it takes to load a T5 of a released size.
 
-    python tools/loading_memory.py                       t5-3b in bfloat16
-    python tools/loading_memory.py t5-large --kind bin
+    python benchmarks/loading_memory.py                       t5-3b in bfloat16
+    python benchmarks/loading_memory.py t5-large --kind bin
 
 Makes a checkpoint of zeros in a temporary folder, loads it in a process of
 its own, and compares the peak of that process with the size of the weights.
@@ -24,8 +24,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from t5_book import PRESETS, T5, T5Config, released_name
-from t5_book.pretrained import _entries
+from t5_book import PRESETS, T5, T5Config
+from t5_book.conversion import released_config, released_name
 
 GB = 1e9
 KINDS = {"safetensors": "model", "bin": "pytorch_model"}
@@ -67,7 +67,7 @@ def write_bin(file: Path, shapes: dict, dtype: torch.dtype) -> None:
 
 def make(folder: Path, options: argparse.Namespace) -> None:
     """Write a checkpoint of zeros, with its index."""
-    entries = _entries(T5Config(**PRESETS[options.preset]))
+    entries = released_config(T5Config(**PRESETS[options.preset]))
     (folder / "config.json").write_text(json.dumps(entries))
     write = write_sparse if options.kind == "safetensors" else write_bin
     dtype, stem = getattr(torch, options.dtype), KINDS[options.kind]

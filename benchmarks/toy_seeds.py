@@ -1,8 +1,8 @@
 """Train the toy T5 of the last chapter with other seeds and optimizers.
 
-    python tools/toy_seeds.py        write tools/outputs/toy_seeds.json and
-                                     the picture of README.md
-    python tools/toy_seeds.py Adafactor "seed 1"     do these again
+    python benchmarks/toy_seeds.py      write benchmarks/toy_seeds.json and
+                                        the picture of README.md
+    python benchmarks/toy_seeds.py Adafactor "seed 1"     do these again
 
 It runs the chapter's own cells, those tagged ``experiment``. The chapter
 quotes the results. Takes about twenty minutes on two cores.
@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jupytext
 import matplotlib.pyplot as plt
 import torch
 
 import t5_book
-from runs import code_of, read_notebook
-from source import CHAPTERS, ROOT
 
-RESULT = ROOT / "tools" / "outputs" / "toy_seeds.json"
+FOLDER = Path(__file__).resolve().parent
+CHAPTERS = FOLDER.parent / "chapters"
+RESULT = FOLDER / "toy_seeds.json"
 PICTURE = CHAPTERS / "images" / "result.png"
 SHORT = 400  # steps, to compare optimizers
 GATED = {"feed_forward": "gated-gelu"}  # as many weights as ReLU has
@@ -53,11 +55,10 @@ SHORT_RUNS = {
 
 def load_experiment() -> dict:
     """Run the cells tagged ``experiment``; give the names they define."""
-    [chapter] = CHAPTERS.glob("*_train_toy.md")
     names: dict = {}
-    for cell in code_of(read_notebook(chapter)):
+    for cell in jupytext.read(CHAPTERS / "train_toy.md").cells:
         if "experiment" in cell.metadata.get("tags", ()):
-            exec(compile(cell.source, chapter.name, "exec"), names)
+            exec(compile(cell.source, "train_toy.md", "exec"), names)
     return names
 
 
