@@ -15,6 +15,8 @@ from t5_book.optimizers import adafactor, linear_schedule, muon_adamw
 from t5_book.span_corruption import Batch
 from t5_book.training import Trainer, cross_entropy, evaluate
 
+pytestmark = pytest.mark.rounding
+
 SIDE = dict(num_tokens=16, depth=1, heads=2, dim_head=8, mlp_mult=2)
 
 
