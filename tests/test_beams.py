@@ -27,6 +27,8 @@ from t5_book.beams import (
 from t5_book.generation import generate
 from t5_book.t5 import T5
 
+pytestmark = pytest.mark.rounding
+
 PENALTIES = [0.0, 0.6, 1.0, 2.0]
 STOPPING = [False, True, "never"]
 SMALL = dict(

@@ -81,6 +81,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize(
     "backend, bound",
     [

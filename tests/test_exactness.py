@@ -23,6 +23,8 @@ from torch.nn.utils import get_total_norm
 
 from t5_book.t5 import T5
 
+pytestmark = pytest.mark.rounding
+
 DIFFERENT = [(1, 9), (9, 1), (10, 40), (40, 10), (40, 140), (140, 9)]
 
 

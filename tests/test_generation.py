@@ -37,6 +37,8 @@ from t5_book.inference import evaluating
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.rounding
+
 TINY = dict(
     dim=16, enc_num_tokens=32, enc_depth=1, enc_heads=2, enc_dim_head=4,
     enc_mlp_mult=2, dec_num_tokens=32, dec_depth=1, dec_heads=2,

@@ -17,6 +17,8 @@ from t5_book.optimizers import adafactor, muon_adamw
 from t5_book.packing import PackedBatch, batch_logits, pack
 from t5_book.training import Trainer, linear_schedule
 
+pytestmark = pytest.mark.rounding
+
 SIDE = dict(num_tokens=16, depth=1, heads=2, dim_head=8, mlp_mult=2)
 
 
