@@ -53,7 +53,9 @@ def read_checkpoint(path: Path) -> dict:
             f"({type(error).__name__}); use another folder for a new run"
         ) from error
     found = state if isinstance(state, dict) else {}
-    lacking = [name for name, kind in PARTS.items() if not isinstance(found.get(name), kind)]
+    lacking = [
+        name for name, kind in PARTS.items() if not isinstance(found.get(name), kind)
+    ]
     if lacking:
         raise ValueError(
             f"{path} is not a checkpoint of a Trainer: it has no {', '.join(lacking)}; "
@@ -68,10 +70,10 @@ def places_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
     places = []
     for i, optimizer in enumerate(optimizers):
         for j, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                name = names.get(parameter, "a parameter of no name")
-                kind = type(optimizer).__name__
-                places.append(f"{name} in optimizer {i} ({kind}), group {j}")
+            place = f"optimizer {i} ({type(optimizer).__name__}), group {j}"
+            found = [names.get(p, "a parameter of no name") for p in group["params"]]
+            for name in found or ["nothing"]:
+                places.append(f"{name} in {place}")
     return places
 
 
@@ -91,12 +93,14 @@ def check_fit(
                 f"{path} is of another model: {name} is {there} in the file and "
                 f"{here} here; make the model as it was, or use another folder"
             )
-    pairs = zip_longest(state["places"], places_of(model, optimizers), fillvalue="missing")
+    places = places_of(model, optimizers)
+    pairs = zip_longest(state["places"], places, fillvalue="missing")
     for number, (there, here) in enumerate(pairs):
         if here != there:
             raise ValueError(
                 f"{path} is of other optimizers: parameter {number} of the file is "
-                f"{there}, and here {here}; make them as they were, or use another folder"
+                f"{there}, and here {here}; make them as they were, or use another "
+                "folder"
             )
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(

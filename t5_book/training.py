@@ -135,7 +135,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         if not (loss + norm).isfinite():
             raise FloatingPointError(
-                f"the loss is {loss.item()}, its gradient {norm.item()} at step "
+                f"the loss is {loss.item():.4g}, its gradient {norm.item():.4g} at step "
                 f"{self.step}; lower the learning rate, or look for an empty batch"
             )
         for optimizer in self.optimizers:

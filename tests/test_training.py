@@ -196,10 +196,23 @@ def in_another_order(model):
     return [muon, adamw]
 
 
-@pytest.mark.parametrize("optimizers", [in_one_group, in_another_order])
-def test_parameters_in_other_places_are_refused(tmp_path, optimizers):
+def with_an_empty_group(model):
+    muon, adamw = muon_adamw(model)
+    adamw.add_param_group({"params": []})
+    return [muon, adamw]
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "match"),
+    [
+        (in_one_group, "group 1.*group 0"),
+        (in_another_order, "parameter 0"),
+        (with_an_empty_group, "missing.*nothing.*group 2"),
+    ],
+)
+def test_parameters_in_other_places_are_refused(tmp_path, optimizers, match):
     make_trainer(tmp_path).fit(2)
-    refused(make_trainer(tmp_path, optimizers=optimizers), "parameter 0|group 1.*group 0")
+    refused(make_trainer(tmp_path, optimizers=optimizers), match)
 
 
 def test_a_checkpoint_with_too_few_optimizers_is_refused(tmp_path):
