@@ -37,9 +37,9 @@ from t5_book.optimizers import (
     Adafactor,
     Muon,
     adafactor,
+    inverse_sqrt_schedule,
     linear_schedule,
     muon_adamw,
-    orthogonalize,
 )
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
@@ -122,12 +122,12 @@ __all__ = [
     "from_pretrained",
     "generate",
     "iid_denoising",
+    "inverse_sqrt_schedule",
     "linear_schedule",
     "load_pretrained",
     "load_tokenizer",
     "muon_adamw",
     "noise_counts",
-    "orthogonalize",
     "pack",
     "pad_rows",
     "prefix_lm",
