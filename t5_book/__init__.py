@@ -32,13 +32,7 @@ from t5_book.objectives import (
     span_denoising,
     ul2_denoising,
 )
-from t5_book.optimizers import (
-    Adafactor,
-    Muon,
-    adafactor,
-    muon_adamw,
-    orthogonalize,
-)
+from t5_book.optimizers import Adafactor, Muon, adafactor, muon_adamw
 from t5_book.packing import PackedBatch, pack
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
@@ -51,6 +45,7 @@ from t5_book.relative_position import (
     relative_position_bucket,
 )
 from t5_book.rms_norm import RMSNorm
+from t5_book.schedules import inverse_sqrt_schedule, linear_schedule
 from t5_book.span_corruption import (
     corrupt_spans,
     random_spans_noise_mask,
@@ -60,7 +55,7 @@ from t5_book.span_corruption import (
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
 from t5_book.toy_language import ToyLanguage
-from t5_book.training import Trainer, linear_schedule
+from t5_book.training import Trainer
 
 __all__ = [
     "FEED_FORWARDS",
@@ -101,11 +96,11 @@ __all__ = [
     "expand_padding_mask",
     "generate",
     "iid_denoising",
+    "inverse_sqrt_schedule",
     "linear_schedule",
     "load_pretrained",
     "load_tokenizer",
     "muon_adamw",
-    "orthogonalize",
     "pack",
     "prefix_lm",
     "random_spans_noise_mask",

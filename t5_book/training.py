@@ -24,33 +24,7 @@ from t5_book.checks import check_integer
 from t5_book.losses import batch_loss
 from t5_book.packing import PackedBatch
 
-__all__ = ["Trainer", "linear_schedule"]
-
-
-def linear_schedule(steps: int, warmup: int) -> Callable[[int], float]:
-    """Climb to 1 in ``warmup`` steps, then fall to 0 at ``steps``.
-
-    Args:
-        steps: length of the run.
-        warmup: length of the climb, from 1 to ``steps - 1``.
-
-    Returns:
-        A function from the step, counted from 0, to the factor by which
-        every learning rate is multiplied.
-
-    Raises:
-        ValueError: if ``warmup`` is not between 1 and ``steps - 1``.
-    """
-    if not 1 <= warmup < steps:
-        raise ValueError(
-            f"warmup is {warmup} in a run of {steps} steps; pass 1 to {steps - 1}"
-        )
-
-    def factor(step: int) -> float:
-        up, down = (step + 1) / warmup, (steps - step) / (steps - warmup)
-        return max(0.0, min(up, down))
-
-    return factor
+__all__ = ["Trainer"]
 
 
 def full_rate(step: int) -> float:

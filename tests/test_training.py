@@ -15,7 +15,8 @@ from t5_book.evaluation import evaluate
 from t5_book.losses import batch_loss, cross_entropy
 from t5_book.optimizers import adafactor, muon_adamw
 from t5_book.packing import PackedBatch, batch_logits, pack
-from t5_book.training import Trainer, linear_schedule
+from t5_book.schedules import linear_schedule
+from t5_book.training import Trainer
 
 pytestmark = pytest.mark.rounding
 
