@@ -6,6 +6,7 @@ compared with ``tests/outputs``, unless the option is ``--nbval-lax``.
 """
 
 import difflib
+import functools
 import os
 from collections import defaultdict
 
@@ -64,6 +65,14 @@ def demand_chapters(config, ids):
         raise pytest.UsageError("--nbval: no chapter was collected")
 
 
+@functools.cache
+def kept_runs(root):
+    """The runs that tools/run.py kept; to import it takes a second."""
+    from run import Runs
+
+    return Runs(read_chapters(root))
+
+
 class ChapterFile(IPyNbFile):
     """A chapter, and its kernel."""
 
@@ -86,11 +95,7 @@ class ChapterFile(IPyNbFile):
     def setup(self):
         """Start a kernel, unless the last run of the chapter will do."""
         if self.config.option.nbval_reuse:
-            from run import Runs  # here, for it takes a second
-
-            chapters = read_chapters(self.config.rootpath)
-            [chapter] = [c for c in chapters if c.path == self.path]
-            notebook = Runs(chapters).find(chapter)
+            notebook = kept_runs(self.config.rootpath).find(self.path.stem)
             self.run = notebook and code_of(notebook)
         if not self.run:
             super().setup()

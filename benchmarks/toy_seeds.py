@@ -1,6 +1,6 @@
 """Train the toy T5 of the last chapter with other seeds and optimizers.
 
-    python benchmarks/toy_seeds.py      write benchmarks/toy_seeds.json and
+    python benchmarks/toy_seeds.py      write chapters/toy_seeds.json and
                                         the picture of README.md
     python benchmarks/toy_seeds.py Adafactor "seed 1"     do these again
 
@@ -21,9 +21,8 @@ import torch
 
 import t5_book
 
-FOLDER = Path(__file__).resolve().parent
-CHAPTERS = FOLDER.parent / "chapters"
-RESULT = FOLDER / "toy_seeds.json"
+CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
+RESULT = CHAPTERS / "toy_seeds.json"
 PICTURE = CHAPTERS / "images" / "result.png"
 SHORT = 400  # steps, to compare optimizers
 GATED = {"feed_forward": "gated-gelu"}  # as many weights as ReLU has

@@ -1,6 +1,6 @@
 """The whole model against ``transformers``: five families, two precisions.
 
-``python tools/exactness.py`` prints the largest differences.
+``python benchmarks/exactness.py`` prints the largest differences.
 """
 
 import pytest

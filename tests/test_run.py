@@ -113,8 +113,7 @@ def test_jupyter_book_finds_the_run_with_its_text_in_one_piece(book, run):
     pieces = "for word in 'abc':\n    print(word, end='|', flush=True)"
     replace(book / "chapters/third.md", "print(nothing)", pieces)
     assert run("chapters/third.md")[0] == 0
-    chapters = read_chapters(book)
-    notebook = runner.Runs(chapters).find(chapters[2])
+    notebook = runner.Runs(read_chapters(book)).find("third")
     outputs = runner.code_of(notebook)[1].outputs
     assert [output.text for output in outputs] == ["a|b|c|"]
 

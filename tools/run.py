@@ -58,7 +58,7 @@ class Runs:
     """
 
     def __init__(self, chapters: list[Chapter]) -> None:
-        self.chapters = chapters
+        self.chapters = {chapter.name: chapter for chapter in chapters}
         self.root = chapters[0].path.parent.parent
         folder = self.root / "_build" / ".jupyter_cache"
         try:
@@ -70,15 +70,16 @@ class Runs:
             self.folder = TemporaryDirectory()
             folder = Path(self.folder.name, "cache")
         self.cache = get_cache(str(folder))
-        self.pages = folder.parent / ".doctrees"
+        self.pages = folder.parent / ".doctrees" / "chapters"
 
-    def fingerprint(self, chapter: Chapter) -> str:
+    def fingerprint(self, name: str) -> str:
         """A hash of all that a run depends on, but for the chapter's cells.
 
         These are the modules of earlier chapters (a chapter imports no others),
         the files beside it, the pinned packages and Python itself.
         """
-        earlier = self.chapters[: self.chapters.index(chapter)]
+        chapter = self.chapters[name]
+        earlier = list(self.chapters.values())[: chapter.number - 1]
         modules = {cell.module for c in earlier for cell in c.cells if cell.module}
         files = [self.root / "t5_book" / f"{module}.py" for module in modules]
         files += [p for p in chapter.path.parent.iterdir() if p.suffix != ".md"]
@@ -88,22 +89,21 @@ class Runs:
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()
 
-    def find(self, chapter: Chapter) -> NotebookNode | None:
+    def find(self, name: str) -> NotebookNode | None:
         """The last run of a chapter, if nothing has changed since."""
-        notebook = read_notebook(chapter.path)
+        notebook = read_notebook(self.chapters[name].path)
         try:
             record = self.cache.match_cache_notebook(notebook)
-            if record.data.get("key") == self.fingerprint(chapter):
+            if record.data.get("key") == self.fingerprint(name):
                 return self.cache.merge_match_into_notebook(notebook)[1]
         except KeyError:
             pass  # no run with these cells, or its file is lost
         return None
 
-    def keep(self, chapter: Chapter, notebook: NotebookNode, key: str, seconds: float) -> None:
+    def keep(self, name: str, notebook: NotebookNode, key: str, seconds: float) -> None:
         """Keep a run; ``key`` is the fingerprint from before it began."""
-        name = f"chapters/{chapter.name}"
         data = {"key": key, "execution_seconds": seconds}
-        bundle = CacheBundleIn(notebook, f"{name}.md", data=data)
+        bundle = CacheBundleIn(notebook, f"chapters/{name}.md", data=data)
         self.cache.cache_notebook_bundle(bundle, overwrite=True)
         # Sphinx reads a page anew only if its text changed or this is missing.
         (self.pages / f"{name}.doctree").unlink(missing_ok=True)
@@ -215,10 +215,10 @@ async def run_all(
 
     async def run(chapter: Chapter) -> None:
         async with free:
-            notebook, result = runs.find(chapter), "unchanged"
+            notebook, result = runs.find(chapter.name), "unchanged"
             if notebook is None:
                 # What changes while a chapter runs is too late for it.
-                key, started = runs.fingerprint(chapter), time.perf_counter()
+                key, started = runs.fingerprint(chapter.name), time.perf_counter()
                 try:
                     report = partial(progress.show, chapter.name)
                     notebook = await execute(chapter, report)
@@ -227,7 +227,7 @@ async def run_all(
                     progress.end(chapter, "failed")
                     return
                 seconds = time.perf_counter() - started
-                runs.keep(chapter, notebook, key, seconds)
+                runs.keep(chapter.name, notebook, key, seconds)
                 result = f"{seconds:6.1f} s"
             if options.store:
                 store(chapter.path, notebook)
