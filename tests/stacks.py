@@ -3,8 +3,9 @@
 import torch
 from hugging_face import SIZES, make_family
 from torch import Tensor, nn
-from t5_book.config import StackConfig
 from transformers.models.t5.modeling_t5 import T5Attention
+
+from t5_book.config import StackConfig
 
 KINDS = ["relu", "gated-gelu"]
 

@@ -109,16 +109,6 @@ def test_benchmarks_start(path, monkeypatch, capsys):
 
 # --- Numbers --------------------------------------------------------------
 
-# TRANSITION: these may still name chapters by number, until each is rewritten.
-WITH_NUMBERS = """
-    attention.md beams.md byte_tokenizer.md decoder.md encoder.md
-    feed_forward.md generation.md notation.md objectives.md optimizers.md
-    paper_and_code.md pretrained.md relative_position.md rms_norm.md
-    span_corruption.md t5.md text_to_text.md tokenizer.md toy_language.md
-    train_toy.md training.md byte_tokenizer.py hub.py objectives.py
-    optimizers.py pretrained.py span_corruption.py tokenizer.py
-    toy_language.py training.py
-""".split()
 NUMBER = re.compile(r"\b[Cc]hapters?\s+\d+")
 
 
@@ -131,7 +121,7 @@ def test_chapters_have_their_numbers_from_the_table_of_contents_alone():
         built = r"\n\nBuilt in chapter .+?Edit\s+the\s+chapter,\s+not\s+this\s+file\."
         texts[path.name] = re.sub(built, "", text, count=1, flags=re.DOTALL)
     found = {name for name, text in texts.items() if NUMBER.search(text)}
-    assert found <= set(WITH_NUMBERS)
+    assert not found
 
 
 def test_readme_lists_the_chapters_in_order_by_their_titles():

@@ -15,8 +15,8 @@ from t5_book.optimizers import (
     muon_adamw,
     orthogonalize,
 )
-from t5_book.schedules import inverse_sqrt_schedule
 from t5_book.relative_position import RelativePositionBias
+from t5_book.schedules import inverse_sqrt_schedule
 
 # --- Adafactor ------------------------------------------------------------
 

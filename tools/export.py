@@ -76,8 +76,6 @@ def collect(chapters: list[Chapter]) -> dict[str, Module]:
             export cell holds what a module should not.
     """
     modules: dict[str, Module] = {}
-    global EVERY  # TRANSITION
-    EVERY = modules.values()
     for chapter in chapters:
         check_imports(chapter, modules)
         for cell in chapter.cells:
@@ -89,9 +87,6 @@ def collect(chapters: list[Chapter]) -> dict[str, Module]:
             module.cells.append(cell)
             add_cell(module, cell)
     for name, module in modules.items():
-        # TRANSITION: every module will say its __all__ itself
-        if module.public is None:
-            module.public = {n: name for n in module.shared if n.isidentifier()}
         check_module(name, module)
     import_neighbours(modules)
     return modules
@@ -122,8 +117,7 @@ def check_imports(chapter: Chapter, earlier: dict[str, Module]) -> None:
     """Refuse an import of what no earlier chapter exports."""
     known = set()
     for name, module in earlier.items():
-        public = module.shared if module.public is None else module.public  # TRANSITION
-        known |= {name, *public, *(f"{name}.{shared}" for shared in module.shared)}
+        known |= {name, *(module.public or ()), *(f"{name}.{shared}" for shared in module.shared)}
     for cell in chapter.cells:
         for node in ast.walk(parse(cell)):
             if not isinstance(node, ast.Import | ast.ImportFrom):
@@ -131,8 +125,6 @@ def check_imports(chapter: Chapter, earlier: dict[str, Module]) -> None:
             start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
                 package, _, path = (start + alias.name).partition(".")
-                if path.startswith(f"{chapter.name}.") or chapter.name in ("beams", "pretrained"):
-                    continue  # TRANSITION
                 if package == PACKAGE and path and path not in known:
                     where = cell.where(node.lineno)
                     raise BookError(f"{where}: no earlier chapter exports {path}")
@@ -155,11 +147,6 @@ def add_cell(module: Module, cell: Cell) -> None:
                 raise BookError(f"{where}: this module has no class {target}")
             text = re.sub(r"^@add_to\(.*\)\n", "", text, flags=re.MULTILINE)
             put_member(module.definitions[target], name, textwrap.indent(text, "    "))
-        elif isinstance(node, ast.ClassDef) and [ast.unparse(b) for b in node.bases] == [node.name]:
-            home = next(m for m in [module, *EVERY] if node.name in m.definitions)  # TRANSITION
-            home.imports += [i for i in module.imports if home is not module and PACKAGE not in i]
-            for item, part, _ in statements(node.body, cell, node.lineno):
-                put_member(home.definitions[node.name], name_of(item) or part, part)
         elif name:
             constant = not isinstance(node, ast.FunctionDef | ast.ClassDef)
             module.definitions[name] = Definition(text, spaced, constant)
