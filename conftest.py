@@ -45,8 +45,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Run the chapters in this environment, whatever kernels there are."""
-    if not config.option.nbval_kernel_name:
-        config.option.nbval_current_env = True
+    option = config.option
+    if not option.nbval_kernel_name:
+        option.nbval_current_env = True
+    # nbval waits a minute; where the machine is busy, that is too short.
+    option.nbval_kernel_startup_timeout = max(
+        option.nbval_kernel_startup_timeout, 600
+    )
 
 
 def pytest_collect_file(file_path, parent):
@@ -137,6 +142,7 @@ class ChapterCell(IPyNbCell):
                 f"{Path(self.path).stem}`"
             )
         if self.parent.run is None:
+            self.output_timeout = 600  # nbval waits 5 s
             super().runtest()
         else:
             self.compare_last_run()

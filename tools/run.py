@@ -206,6 +206,10 @@ async def execute(chapter: Chapter, progress: Progress) -> NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=None,
+        # nbclient waits a minute for a kernel, and 4 s for its outputs, and
+        # then goes on without them: too short where the machine is busy.
+        startup_timeout=600,
+        iopub_timeout=600,
         kernel_name="python3",
         record_timing=False,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
