@@ -35,8 +35,8 @@ book: $(READY)
 # and runs again those that failed. (`pytest --nbval` runs them all itself.)
 # Its two workers take a file at a time, so the cells of a chapter stay in order,
 # and the files by name: by their numbers of tests, the slow ones would be last.
-# What depends on rounding then runs as on a processor without vectors: torch
-# and MKL (where there is one) add and multiply in another order.
+# What depends on rounding then runs once more, as on a processor without vector
+# instructions: torch, and MKL where there is one, sum in another order.
 test: $(READY)
 	-$(RUN) tools/run.py
 	$(RUN) -m pytest --nbval --nbval-reuse -n 2 --dist loadfile \

@@ -33,6 +33,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Run the chapters in this environment, whatever kernels there are."""
     config.option.nbval_current_env = True
+    # nbval waits a minute for a kernel; where the machine is busy, that is too short.
+    config.option.nbval_kernel_startup_timeout = 600
 
 
 def pytest_collect_file(file_path, parent):
@@ -107,6 +109,7 @@ class ChapterCell(IPyNbCell):
     def runtest(self):
         """Run the cell, or take its last run, and compare its text."""
         if not self.parent.run:
+            self.output_timeout = 600  # nbval waits 5 s
             super().runtest()
         elif self.options["skip"]:
             pytest.skip()

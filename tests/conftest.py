@@ -8,7 +8,7 @@ import torch
 def pytest_runtest_setup(item):
     """Seed before the test's fixtures are made.
 
-    Which files a worker of pytest-xdist gets, and in which order, depends
-    on how busy the machine is.
+    Which files a worker of pytest-xdist gets depends on how busy the
+    machine is, and so would the numbers of a test that sets no seed.
     """
     torch.manual_seed(0)

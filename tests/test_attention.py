@@ -122,8 +122,8 @@ def test_half_precision_is_rounded_only_once(dtype):
     score = torch.randn(1, 1, 1, 3000).to(dtype)
     weights = attention_weights(q, k, bias=score)
     exact, info = score.double().softmax(dim=-1), torch.finfo(dtype)
-    # Half a unit in the last place, and a little: rounded to float32 first,
-    # a number in the middle between two may go to either.
+    # Half a unit in the last place, and a little more: computed in float32,
+    # a number midway between two may round either way.
     most = exact.clamp(min=info.smallest_normal) * info.eps / 2 * 1.001
     assert weights.dtype == dtype
     assert ((weights - exact).abs() <= most).all()

@@ -47,19 +47,19 @@ def compile_anew():
     epsilon of a norm, to find out that it is none, and begins again: the
     same graph in twice the time.
 
-    What inductor keeps on disk is found again by the graph and its
-    settings, but not by the instructions of the processor (torch 2.13,
-    ``FxGraphHashDetails``). After a run with AVX512, a run with
-    ``ATEN_CPU_CAPABILITY=avx2`` gets its loops, which go on by 16 floats
-    at a time, and computes 8 of each 16; the others are what the memory
-    held. Without vectors, ``default``, they don't compile. These three
-    lines, run with ``avx512`` and then with ``avx2``, show it::
+    inductor also keeps what it compiled on disk. The key holds the graph
+    and the settings, but not the processor's vector instructions (torch
+    2.13, ``FxGraphHashDetails``). So after a run with AVX-512, a run with
+    ``ATEN_CPU_CAPABILITY=avx2`` gets loops that step by 16 floats, computes
+    8 of each 16 and leaves the rest uninitialised. With ``default``, the
+    old code doesn't even compile. Run these lines with ``avx512``, then
+    with ``avx2``, to see it::
 
         import torch
         add = torch.compile(lambda x: x + 1)
         print(add(torch.zeros(32)))
 
-    So the instructions become part of the key.
+    We add the instructions to the key.
     """
     torch.compiler.reset()
     instructions = torch.backends.cpu.get_cpu_capability()

@@ -142,7 +142,7 @@ def test_the_loss_is_the_models_own():
     own = model.loss(one.src, one.labels, one.mask)
     ours = cross_entropy(batch_logits(model, packed), packed.labels)
     assert difference(ours, own) <= 1e-12
-    # It adds in float32, and in another order.
+    # It sums in float32, and packing changes the order.
     assert evaluate(model, [packed]) == pytest.approx(
         evaluate(model, [one]), rel=1e-6
     )

@@ -1,7 +1,7 @@
 """Pairs of models, ours and ``transformers``', that write varied texts.
 
-All are float64. In float32 the order of a sum, which is another on every
-processor, decides between two tokens that are nearly equally likely.
+All are float64. In float32 two tokens can be so nearly equal that the order
+of a sum decides between them, and that order depends on the processor.
 """
 
 import torch

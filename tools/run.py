@@ -183,6 +183,10 @@ async def execute(chapter: Chapter, report) -> NotebookNode:
     client = Client(
         notebook,
         timeout=None,
+        # nbclient waits a minute for a kernel, and 4 s for its outputs, and
+        # then goes on without them: too short where the machine is busy.
+        startup_timeout=600,
+        iopub_timeout=600,
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
