@@ -7,41 +7,33 @@ tools/export.py: edit the chapters, not the files.
 """
 
 from t5_book.attention import MultiHeadAttention, attention_weights
+from t5_book.batches import Batch
 from t5_book.beams import BeamSearchOutput, beam_search
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
 from t5_book.conversion import released_name
 from t5_book.decoder import Decoder, DecoderBlock, DecoderCache
 from t5_book.encoder import Encoder, EncoderBlock
+from t5_book.evaluation import evaluate
 from t5_book.feed_forward import (
     FEED_FORWARDS,
     FeedForward,
     GatedFeedForward,
 )
 from t5_book.generation import WordStreamer, generate
+from t5_book.losses import cross_entropy
 from t5_book.masks import causal_mask, expand_padding_mask
 from t5_book.objectives import (
-    UL2,
-    PackedBatch,
     SpecialIds,
-    batch_logits,
     bert_denoising,
     deshuffling,
     iid_denoising,
-    pack,
     prefix_lm,
-    segment_mask,
     span_denoising,
     ul2_denoising,
 )
-from t5_book.optimizers import (
-    Adafactor,
-    Muon,
-    adafactor,
-    linear_schedule,
-    muon_adamw,
-    orthogonalize,
-)
+from t5_book.optimizers import Adafactor, Muon, adafactor, muon_adamw
+from t5_book.packing import PackedBatch, pack
 from t5_book.presets import PRESETS
 from t5_book.pretrained import (
     load_pretrained,
@@ -53,35 +45,22 @@ from t5_book.relative_position import (
     relative_position_bucket,
 )
 from t5_book.rms_norm import RMSNorm
+from t5_book.schedules import inverse_sqrt_schedule, linear_schedule
 from t5_book.span_corruption import (
-    Batch,
     corrupt_spans,
-    noise_counts,
-    pad_rows,
     random_spans_noise_mask,
     restore_spans,
     span_lengths,
 )
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
-from t5_book.toy_language import (
-    END,
-    SLOTS,
-    STORIES,
-    Filling,
-    Source,
-    ToyLanguage,
-)
-from t5_book.training import Trainer, cross_entropy, evaluate
+from t5_book.toy_language import ToyLanguage
+from t5_book.training import Trainer
 
 __all__ = [
-    "END",
     "FEED_FORWARDS",
     "PRESETS",
-    "SLOTS",
-    "STORIES",
     "T5",
-    "UL2",
     "Adafactor",
     "Batch",
     "BeamSearchOutput",
@@ -92,14 +71,12 @@ __all__ = [
     "Encoder",
     "EncoderBlock",
     "FeedForward",
-    "Filling",
     "GatedFeedForward",
     "MultiHeadAttention",
     "Muon",
     "PackedBatch",
     "RMSNorm",
     "RelativePositionBias",
-    "Source",
     "SpecialIds",
     "StackConfig",
     "T5Config",
@@ -109,7 +86,6 @@ __all__ = [
     "WordStreamer",
     "adafactor",
     "attention_weights",
-    "batch_logits",
     "beam_search",
     "bert_denoising",
     "causal_mask",
@@ -120,21 +96,18 @@ __all__ = [
     "expand_padding_mask",
     "generate",
     "iid_denoising",
+    "inverse_sqrt_schedule",
     "linear_schedule",
     "load_pretrained",
     "load_tokenizer",
     "muon_adamw",
-    "noise_counts",
-    "orthogonalize",
     "pack",
-    "pad_rows",
     "prefix_lm",
     "random_spans_noise_mask",
     "relative_position_bucket",
     "released_name",
     "restore_spans",
     "save_pretrained",
-    "segment_mask",
     "span_denoising",
     "span_lengths",
     "ul2_denoising",

@@ -1,6 +1,6 @@
 """Multi-head attention as T5 has it: no scaling and no bias vectors.
 
-Built in chapter 6, "Let every token look at every other"
+Built in chapter 6, "Attention: letting every token look at every other"
 (chapters/attention.md). Edit the chapter, not this file.
 """
 
@@ -38,9 +38,7 @@ def attention_weights(
     if mask is not None:
         # The lowest finite number, not -inf: a row without a key stays finite.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # A long sum in half precision would lose most of its digits.
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(dim=-1, dtype=wide).to(scores.dtype)
+    return scores.softmax(dim=-1)
 
 
 class MultiHeadAttention(nn.Module):
@@ -66,7 +64,7 @@ class MultiHeadAttention(nn.Module):
         self.v = nn.Linear(dim, inner, bias=False)
         self.o = nn.Linear(inner, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
-        # T5 does not scale its scores: 1/sqrt(dim_head) is in q's start.
+        # T5 doesn't divide its scores by sqrt(dim_head): q starts smaller instead.
         nn.init.normal_(self.q.weight, std=(dim * dim_head) ** -0.5)
         nn.init.normal_(self.k.weight, std=dim**-0.5)
         nn.init.normal_(self.v.weight, std=dim**-0.5)
@@ -79,14 +77,14 @@ class MultiHeadAttention(nn.Module):
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Project ``context [b k dim]`` to its keys and values.
 
-        Apart from ``forward``, so that what does not change is projected
-        once: the source for a whole target, and the target's past.
+        This is not a part of ``forward``, so that the decoder can project
+        the source once for a whole target.
 
         Returns:
             Two tensors ``[b h k d]``, for ``forward``.
         """
-        keys = self.split_heads(self.k(context))
-        values = self.split_heads(self.v(context))
+        keys = self.split_heads(self.k(context))  # [b h k d]
+        values = self.split_heads(self.v(context))  # [b h k d]
         return keys, values
 
     def forward(

@@ -3,10 +3,13 @@
 The public calls of the model use them once, on what the caller passes in. What
 is inside trusts its callers.
 
-Built in chapter 9, "Read the source" (chapters/encoder.md) and chapter 11,
-"Assemble T5" (chapters/t5.md). Edit the chapter, not this file.
+Built in chapter 9, "The encoder: a residual stream through a stack of
+blocks" (chapters/encoder.md) and chapter 11, "The whole T5: embeddings, two
+stacks, a head and a loss" (chapters/t5.md). Edit the chapter, not this
+file.
 """
 
+import math
 import operator
 from collections.abc import Iterable
 
@@ -46,7 +49,8 @@ def check_number(name: str, value: object, least: float, below: float) -> None:
     except TypeError:
         good = False
     if not good:
-        raise ValueError(f"{name} is {value!r}; pass a number from {least} to less than {below}")
+        wanted = f"{least:g} or more" if below == math.inf else f"from {least:g} to less than {below:g}"
+        raise ValueError(f"{name} is {value!r}; pass a number, {wanted}")
 
 
 def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:

@@ -1,10 +1,13 @@
 """The choices that make a T5: of one stack, and of the whole model.
 
-Built in chapter 9, "Read the source" (chapters/encoder.md) and chapter 11,
-"Assemble T5" (chapters/t5.md). Edit the chapter, not this file.
+Built in chapter 9, "The encoder: a residual stream through a stack of
+blocks" (chapters/encoder.md) and chapter 11, "The whole T5: embeddings, two
+stacks, a head and a loss" (chapters/t5.md). Edit the chapter, not this
+file.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 
 from t5_book.checks import (
@@ -94,7 +97,7 @@ class T5Config(StackOptions):
             check_integer(name, getattr(self, name), 1)
         for name in ("enc_mlp_mult", "dec_mlp_mult"):
             # less than one half of 1/dim would leave no hidden feature
-            check_number(name, getattr(self, name), 0.5 / self.dim, float("inf"))
+            check_number(name, getattr(self, name), 0.5 / self.dim, math.inf)
         for name in ("tie_token_emb", "tie_head"):
             check_flag(name, getattr(self, name))
         if self.scale_logits is not None:

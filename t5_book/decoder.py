@@ -1,7 +1,7 @@
 """The decoder: blocks that write the target and look at the source.
 
-Built in chapter 10, "Write the target" (chapters/decoder.md). Edit the
-chapter, not this file.
+Built in chapter 10, "The decoder: causal self-attention and
+cross-attention" (chapters/decoder.md). Edit the chapter, not this file.
 """
 
 import torch
@@ -42,32 +42,6 @@ class BlockCache:
         """Go on with these rows ``[b]`` of the target, in this order."""
         keys, values = self.target
         self.target = keys[rows], values[rows]
-
-
-class DecoderCache:
-    """What a decoder keeps while it writes the targets of one batch of sources.
-
-    ``Decoder.new_cache`` makes it from the sources, so it can't be used
-    with others.
-
-    Attributes:
-        blocks: a ``BlockCache`` for each block.
-        cross_mask: the source's mask, ``[b 1 1 s]`` or ``[b 1 q s]``, or None.
-        length: number of target tokens so far.
-    """
-
-    def __init__(self, blocks: list[BlockCache], cross_mask: Tensor | None):
-        self.blocks = blocks
-        self.cross_mask = cross_mask
-        self.length = 0
-
-    def reorder(self, rows: Tensor) -> None:
-        """Go on with these rows ``[b]`` of the targets, in this order.
-
-        Rows may only change places among those with the same source.
-        """
-        for block in self.blocks:
-            block.reorder(rows)
 
 
 class DecoderBlock(nn.Module):
@@ -120,6 +94,32 @@ class DecoderBlock(nn.Module):
         x = x + self.dropout(y)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + self.dropout(y)
+
+
+class DecoderCache:
+    """What a decoder keeps while it writes the targets of one batch of sources.
+
+    ``Decoder.new_cache`` makes it from the sources, so it can't be used
+    with others.
+
+    Attributes:
+        blocks: a ``BlockCache`` for each block.
+        cross_mask: the source's mask, ``[b 1 1 s]`` or ``[b 1 q s]``, or None.
+        length: number of target tokens so far.
+    """
+
+    def __init__(self, blocks: list[BlockCache], cross_mask: Tensor | None):
+        self.blocks = blocks
+        self.cross_mask = cross_mask
+        self.length = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows ``[b]`` of the targets, in this order.
+
+        Rows may only change places among those with the same source.
+        """
+        for block in self.blocks:
+            block.reorder(rows)
 
 
 class Decoder(nn.Module):

@@ -1,7 +1,7 @@
 """The encoder: blocks that read the source and add to what they read.
 
-Built in chapter 9, "Read the source" (chapters/encoder.md). Edit the
-chapter, not this file.
+Built in chapter 9, "The encoder: a residual stream through a stack of
+blocks" (chapters/encoder.md). Edit the chapter, not this file.
 """
 
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """Feed-forward layers: with a ReLU (T5 1.0) or a gated GELU (T5 1.1).
 
-Built in chapter 8, "Think about each token alone"
+Built in chapter 8, "Feed-forward layers: computing on each token alone"
 (chapters/feed_forward.md). Edit the chapter, not this file.
 """
 
@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
         nn.init.normal_(self.wo.weight, std=mlp_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute ``x [... d]`` to ``[... d]``, each token alone."""
+        """Map ``x [... d]`` to ``[... d]``, each token by itself."""
         hidden = F.relu(self.wi(x))  # [... f]
         return self.wo(self.dropout(hidden))
 
@@ -59,9 +59,10 @@ class GatedFeedForward(nn.Module):
         nn.init.normal_(self.wo.weight, std=mlp_dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute ``x [... d]`` to ``[... d]``, each token alone."""
+        """Map ``x [... d]`` to ``[... d]``, each token by itself."""
         gate = F.gelu(self.wi_0(x), approximate="tanh")  # [... f]
-        return self.wo(self.dropout(gate * self.wi_1(x)))
+        hidden = gate * self.wi_1(x)  # [... f]
+        return self.wo(self.dropout(hidden))
 
 
 # The feed-forward layers, by the names that T5's settings use.

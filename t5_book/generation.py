@@ -1,8 +1,10 @@
 """Generating text token by token: greedy or sampled, with a cache.
 
-Built in chapter 12, "Generate text" (chapters/generation.md). Edit the
-chapter, not this file.
+Built in chapter 12, "Generating text: greedy decoding and sampling"
+(chapters/generation.md). Edit the chapter, not this file.
 """
+
+import unicodedata
 
 import torch
 from torch import Tensor
@@ -15,39 +17,43 @@ __all__ = ["WordStreamer", "generate"]
 
 
 class DecodingState:
-    """The sources of a batch, read once, and the targets that grow beside them.
+    """What a batch of sources has come to, while its targets are written.
 
     Args:
         model: a ``T5``.
-        src: ids of the sources ``[b s]``.
-        src_mask: bool ``[b s]``, True at real tokens; default: all.
+        memory: what ``model.encode`` returned, ``[b s dim]``.
+        src_mask: bool ``[b s]``, True at real tokens of the source; default:
+            all real.
         use_cache: if False, the whole target is read at each step.
-        copies: number of targets for each source, which stand one below the
-            other; default 1.
+
+    Raises:
+        ValueError: if ``src_mask`` is a mask of pairs.
     """
 
     def __init__(
         self,
         model: T5,
-        src: Tensor,
+        memory: Tensor,
         src_mask: Tensor | None = None,
         use_cache: bool = True,
-        copies: int = 1,
     ):
+        if src_mask is not None and src_mask.ndim != 2:
+            raise ValueError(
+                f"mask has {src_mask.ndim} axes; to write a target, pass a mask "
+                "of shape (batch, source length)"
+            )
         self.model = model
-        self.memory = model.encode(src, src_mask).repeat_interleave(copies, dim=0)
+        self.memory = memory
         self.src_mask = src_mask
-        if src_mask is not None:
-            self.src_mask = src_mask.repeat_interleave(copies, dim=0)
         self.cache = None
         if use_cache:
-            self.cache = model.decoder.new_cache(self.memory, self.src_mask)
+            self.cache = model.decoder.new_cache(memory, src_mask)
 
     def next_logits(self, tgt: Tensor) -> Tensor:
-        """Logits for what follows ``tgt [b t]``: float32 or float64 ``[b v]``.
+        """Score what follows ``tgt [b t]``: logits ``[b v]``.
 
-        With a cache, ``tgt`` must go on from the last call's; what is new
-        of it is read in one piece.
+        They are float32 at least, as a softmax over a large vocabulary needs
+        the digits. With a cache, ``tgt`` must continue that of the last call.
         """
         model = self.model
         if self.cache is None:
@@ -55,13 +61,10 @@ class DecodingState:
         else:
             new = tgt[:, self.cache.length :]
             x = model.decoder(model.dec_emb(new), cache=self.cache)
-        logits = model.logits(x[:, -1])  # only the last position says what follows
+        # Only the last position says what follows; the head is too large to
+        # score the others for nothing.
+        logits = model.logits(x[:, -1])  # [b v]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def reorder(self, rows: Tensor) -> None:
-        """Go on with these rows ``[b]`` of the targets, in this order."""
-        if self.cache is not None:
-            self.cache.reorder(rows)
 
 
 def filter_logits(
@@ -79,13 +82,15 @@ def filter_logits(
     """
     logits = logits / temperature
     if top_k:
-        kept = logits.topk(min(top_k, logits.shape[-1])).values  # [b top_k], best first
-        logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
+        best = logits.topk(min(top_k, logits.shape[-1])).values  # [b top_k]
+        logits = logits.masked_fill(logits < best[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1)  # the least likely first
-        drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        drop[:, -1] = False  # the likeliest token always stays
-        drop = torch.zeros_like(drop).scatter(-1, order, drop)  # back in place
+        drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p  # [b v]
+        # Rounding could drop everything; the likeliest token always stays.
+        drop[:, -1] = False
+        # Each token's verdict goes back to where the token stands.
+        drop = torch.zeros_like(drop).scatter(-1, order, drop)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 
@@ -103,39 +108,16 @@ def first_target(model: T5, src: Tensor, prefix: Tensor | None = None) -> Tensor
         TypeError, ValueError, IndexError: if ``prefix`` is not ids of the
             target's vocabulary, a row for each source.
     """
-    start = torch.full_like(src[:, :1], model.config.start_id).long()
+    start = torch.full_like(src[:, :1], model.config.start_id).long()  # [b 1]
     if prefix is None:
         return start
     check_ids("prefix", prefix, model.config.dec_num_tokens)
     if len(prefix) != len(src):
         raise ValueError(
-            f"prefix has {len(prefix)} rows for {len(src)} sources; pass one for each source"
+            f"prefix has {len(prefix)} rows for {len(src)} sources; pass one "
+            "for each source"
         )
     return torch.cat([start, prefix.long()], dim=1)
-
-
-def check_lengths(max_new_tokens: int, min_new_tokens: int) -> None:
-    """Refuse numbers of tokens that no text can have, by ValueError."""
-    check_integer("max_new_tokens", max_new_tokens, 1)
-    check_integer("min_new_tokens", min_new_tokens, 0)
-    if min_new_tokens > max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens is {min_new_tokens} and max_new_tokens {max_new_tokens}; "
-            "pass no more than that"
-        )
-
-
-def check_sampling(do_sample, temperature, top_k, top_p, generator) -> None:
-    """Refuse what can't be sampled with, or would have no effect."""
-    # A smaller temperature would overflow the logits, and is greedy anyway.
-    check_number("temperature", temperature, 1e-6, float("inf"))
-    if top_k is not None:
-        check_integer("top_k", top_k, 0)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; pass more than 0, and at most 1")
-    neutral = temperature == 1 and not top_k and top_p in (None, 1) and generator is None
-    if not do_sample and not neutral:
-        raise ValueError("temperature, top_k, top_p and generator need do_sample=True")
 
 
 @torch.no_grad()
@@ -179,8 +161,8 @@ def generate(
     Returns:
         ids ``[b n]`` without the start token, ``n`` as long as the longest
         row. A row ends with ``eos_id`` and is then filled up with
-        ``pad_id``; a row without ``eos_id`` was stopped. (In the prefix
-        ``eos_id`` is a token like others.)
+        ``pad_id``; a row without ``eos_id`` was stopped. (In the prefix,
+        ``eos_id`` is a token like any other and ends nothing.)
 
     Raises:
         TypeError, ValueError, IndexError: if an argument is out of range or
@@ -193,7 +175,7 @@ def generate(
     check_sampling(do_sample, temperature, top_k, top_p, generator)
     config = model.config
     with evaluating(model):
-        state = DecodingState(model, src, mask, use_cache)
+        state = DecodingState(model, model.encode(src, mask), mask, use_cache)
         tgt = first_target(model, src, prefix)  # [b 1 + p]
         done = torch.zeros_like(tgt[:, :1], dtype=torch.bool)  # [b 1]
         if streamer is not None:
@@ -203,7 +185,9 @@ def generate(
             if step < min_new_tokens:
                 logits[:, config.eos_id] = -torch.inf
             if do_sample:
-                probs = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
+                logits = filter_logits(logits, temperature, top_k, top_p)
+                # float32, so that a seed gives the same tokens in any dtype
+                probs = logits.softmax(dim=-1).float()
                 token = torch.multinomial(probs, 1, generator=generator)  # [b 1]
             else:
                 token = logits.argmax(dim=-1, keepdim=True)  # [b 1]
@@ -219,10 +203,60 @@ def generate(
     return tgt[:, 1:]
 
 
+def check_lengths(max_new_tokens: int, min_new_tokens: int) -> None:
+    """Refuse numbers of tokens that no text can have, by ValueError."""
+    check_integer("max_new_tokens", max_new_tokens, 1)
+    check_integer("min_new_tokens", min_new_tokens, 0)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens is {min_new_tokens} and max_new_tokens is "
+            f"{max_new_tokens}; pass a minimum that is no larger than the maximum"
+        )
+
+
+def check_sampling(
+    do_sample: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Refuse what can't be sampled with, or would have no effect, by ValueError."""
+    # A smaller temperature would overflow the logits, and is greedy anyway.
+    check_number("temperature", temperature, 1e-6, float("inf"))
+    if top_k is not None:
+        check_integer("top_k", top_k, 0)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; pass more than 0 and at most 1")
+    no_effect = (
+        temperature == 1 and not top_k and top_p in (None, 1) and generator is None
+    )
+    if not do_sample and not no_effect:
+        raise ValueError(
+            "temperature, top_k, top_p and generator need do_sample=True"
+        )
+
+
+# How the Unicode names begin of characters that need no space after them.
+_UNSPACED = (
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "IDEOGRAPHIC",
+    "FULLWIDTH",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+)
+
+
 class WordStreamer:
     """Print a text while it is written, whole words at a time.
 
-    Pass it to ``generate`` with a batch of one.
+    Pass it to ``generate`` with a batch of one. A word is complete when a space
+    or a line break follows; in scripts without spaces, each character is. Of a
+    word of 40 characters and more, the pieces are printed.
 
     Args:
         tokenizer: has a method ``decode(ids)``.
@@ -235,21 +269,26 @@ class WordStreamer:
         self.tokenizer = tokenizer
         self.file = file
         self.ids = []
-        self.printed = 0
+        self.printed = 0  # number of characters
 
     def put(self, ids: Tensor) -> None:
         """Take the next ids, ``[n]`` or ``[1 n]``; ValueError if more texts."""
         if ids.ndim > 1 and len(ids) > 1:
             raise ValueError(f"{len(ids)} texts; a WordStreamer prints one")
         self.ids += ids.flatten().tolist()
-        text = self.tokenizer.decode(self.ids)
-        # The last word may go on: print up to the space before it.
-        whole = text[: max(text.rfind(" "), text.rfind("\n")) + 1]
-        print(whole[self.printed :], end="", flush=True, file=self.file)
-        self.printed = max(self.printed, len(whole))
+        # Half a character decodes to U+FFFD, and may still become a whole one.
+        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
+        whole = max(text.rfind(" "), text.rfind("\n")) + 1  # up to here, whole words
+        if text and unicodedata.name(text[-1], "").startswith(_UNSPACED):
+            whole = len(text)
+        if len(text) - max(whole, self.printed) >= 40:
+            whole = len(text)
+        if whole > self.printed:
+            print(text[self.printed : whole], end="", flush=True, file=self.file)
+            self.printed = whole
 
     def end(self) -> None:
-        """Print the last word and a line break."""
+        """Print what is left and a line break; be ready for the next text."""
         text = self.tokenizer.decode(self.ids)
         print(text[self.printed :], flush=True, file=self.file)
         self.ids = []

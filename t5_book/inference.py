@@ -1,7 +1,7 @@
 """Inference mode for a model in training: dropout off, and on again.
 
-Built in chapter 12, "Generate text" (chapters/generation.md). Edit the
-chapter, not this file.
+Built in chapter 12, "Generating text: greedy decoding and sampling"
+(chapters/generation.md). Edit the chapter, not this file.
 """
 
 from collections.abc import Iterator

@@ -3,8 +3,9 @@
 A mask over ``(b, n)`` says which tokens are real. Attention scores are
 ``(b, h, q, k)``, and a mask meets them only in the shapes made here.
 
-Built in chapter 6, "Let every token look at every other"
-(chapters/attention.md). Edit the chapter, not this file.
+Built in chapter 6, "Attention: letting every token look at every other"
+(chapters/attention.md) and chapter 16, "Other objectives, and packing"
+(chapters/objectives.md). Edit the chapter, not this file.
 """
 
 import torch
@@ -28,6 +29,7 @@ def expand_padding_mask(mask: Tensor) -> Tensor:
         TypeError: if ``mask`` is not boolean.
         ValueError: if ``mask`` does not have two or three axes.
     """
+    # On integers ~ flips bits: ~1 is -2, which counts as True.
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}; pass a boolean mask: mask.bool()")
     if mask.ndim not in (2, 3):
@@ -59,6 +61,25 @@ def causal_mask(q_len: int, k_len: int, device: torch.device | None = None) -> T
         ValueError: if there are more queries than keys.
     """
     if q_len > k_len:
-        raise ValueError(f"{q_len} queries can't be the last of {k_len} keys; pass q_len <= k_len")
+        raise ValueError(
+            f"{q_len} queries can't be the last of {k_len} keys; pass q_len <= k_len"
+        )
     full = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
-    return full.tril(diagonal=k_len - q_len)[None, None]
+    # The last query may see all keys, the one before it all but one.
+    return full.tril(diagonal=k_len - q_len)[None, None]  # [1 1 q k]
+
+
+def segment_mask(queries: Tensor, keys: Tensor) -> Tensor:
+    """Let tokens of a packed row meet those of their own segment alone.
+
+    Args:
+        queries: int64 ``[b q]``, the number of each token's segment.
+        keys: int64 ``[b k]``, the same for the keys; 0 is padding.
+
+    Returns:
+        bool ``[b q k]``; nobody attends to padding.
+
+    Source: t5x, ``network.py``.
+    """
+    same = queries[:, :, None] == keys[:, None, :]  # [b q k]
+    return same & (keys != 0)[:, None, :]

@@ -1,10 +1,8 @@
 """A helper for the chapters: let a class grow over several cells.
 
-Built in chapter 1, "Turn every task into text" (chapters/text_to_text.md).
-Edit the chapter, not this file.
+Built in chapter 1, "Text-to-text: every task as text"
+(chapters/text_to_text.md). Edit the chapter, not this file.
 """
-
-
 
 __all__ = []
 

@@ -1,50 +1,55 @@
-"""Objectives of the paper's section 3 and of UL2, and packed rows.
+"""Pre-training objectives: ways to make a source and a target of a text.
 
-Built in chapter 16, "Ask in other ways" (chapters/objectives.md). Edit the
-chapter, not this file.
+Built in chapter 16, "Other objectives, and packing"
+(chapters/objectives.md). Edit the chapter, not this file.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
+from t5_book.batches import Batch, pad_rows
 from t5_book.checks import check_ids
-from t5_book.span_corruption import (
-    Batch,
-    corrupt_spans,
-    pad_rows,
-    random_spans_noise_mask,
-)
+from t5_book.span_corruption import corrupt_spans, random_spans_noise_mask
 
 __all__ = [
-    "UL2",
-    "PackedBatch",
     "SpecialIds",
-    "batch_logits",
     "bert_denoising",
     "deshuffling",
     "iid_denoising",
-    "pack",
     "prefix_lm",
-    "segment_mask",
     "span_denoising",
     "ul2_denoising",
 ]
 
 
 class SpecialIds(NamedTuple):
-    """Ids that are no text. Those of words lie below the sentinels.
+    """The ids of a vocabulary that aren't words.
 
-    Built in chapter 16, "Ask in other ways".
+    ``SpecialIds.of(tokenizer)`` reads them from a tokenizer. Words have ids
+    from 3 to below the sentinels.
     """
 
     first_sentinel: int  # id of <extra_id_0>; the others lie below it
     num_sentinels: int = 100
     eos_id: int = 1
     pad_id: int = 0
+
+    @classmethod
+    def of(cls, tokenizer) -> "SpecialIds":
+        """Read them from a ``Tokenizer`` or a ``ByteTokenizer``.
+
+        Raises:
+            ValueError: if the tokenizer has no sentinels.
+        """
+        return cls(
+            tokenizer.sentinel(0),
+            tokenizer.extra_ids,
+            tokenizer.eos_id,
+            tokenizer.pad_id,
+        )
 
     @property
     def words_end(self) -> int:
@@ -57,22 +62,19 @@ def span_denoising(
     mean_noise_span_length: float = 3.0, *,
     generator: Generator | None = None,
 ) -> Batch:
-    """Hide spans of ``tokens [b l]`` and ask for them, as in chapter 3.
+    """Hide spans of ``tokens [b l]`` and ask for them: T5's own objective.
 
-    Built in chapter 16, "Ask in other ways" (paper, section 3.3.4).
+    Raises:
+        ValueError: as ``noise_counts``, or if sentinels run out.
+
+    Source: paper, section 3.3.4.
     """
     check_ids("text", tokens, ids.words_end)
-    numbers = tokens.shape[1], noise_density, mean_noise_span_length
-    draw = partial(random_spans_noise_mask, generator=generator)
-    noise = draw(*numbers, batch=len(tokens))
+    noise = random_spans_noise_mask(
+        tokens.shape[1], noise_density, mean_noise_span_length,
+        batch=len(tokens), generator=generator,
+    )  # [b l]
     return corrupt_spans(tokens, noise, **ids._asdict())
-
-
-def _by_chance(tokens, share, generator):
-    """Choose each of ``tokens [b l]`` by a chance of its own."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"a share of the tokens is {share}; pass 0 to 1")
-    return torch.rand(tokens.shape, generator=generator) < share
 
 
 def iid_denoising(
@@ -81,12 +83,65 @@ def iid_denoising(
 ) -> Batch:
     """Hide single tokens of ``tokens [b l]`` and ask for them.
 
-    ValueError if a text has more gaps than there are sentinels. Built in
-    chapter 16, "Ask in other ways" (paper, section 3.1.4).
+    Raises:
+        ValueError: if ``noise_density`` is no share, or if a text has more
+            gaps than there are sentinels.
+
+    Source: paper, section 3.1.4, the baseline.
     """
     check_ids("text", tokens, ids.words_end)
-    noise = _by_chance(tokens, noise_density, generator)
+    noise = _by_chance(tokens.shape, noise_density, generator)
     return corrupt_spans(tokens, noise, **ids._asdict())
+
+
+def _by_chance(shape, share, generator):
+    """True at each place with a probability of ``share``."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of the tokens is {share}; pass 0 to 1")
+    return torch.rand(shape, generator=generator) < share
+
+
+Rule = Callable[[Tensor, Tensor], Tensor]
+
+
+def denoise(
+    tokens: Tensor, noise: Tensor, ids: SpecialIds, source: Rule, target: Rule
+) -> Batch:
+    """Make a source and a target of each text and its noise.
+
+    Args:
+        tokens: ids of words ``[b l]``.
+        noise: bool ``[b l]``, True where a token is noise.
+        ids: of the vocabulary.
+        source: takes one text ``[l]`` and its noise ``[l]``, and returns the
+            source without eos, of any length.
+        target: the same for the target.
+
+    Source: t5, ``preprocessors.py``, ``single_example_denoise``.
+    """
+    eos = torch.tensor([ids.eos_id])
+    sources, targets = [], []
+    for row, hidden in zip(tokens.long(), noise, strict=True):
+        sources.append(torch.cat([source(row, hidden), eos]))
+        targets.append(torch.cat([target(row, hidden), eos]))
+    src, mask = pad_rows(sources, ids.pad_id)
+    labels, _ = pad_rows(targets, -100)
+    return Batch(src, mask, labels)
+
+
+def keep_all(tokens: Tensor, noise: Tensor) -> Tensor:
+    """A rule: the whole text."""
+    return tokens
+
+
+def keep_noise(tokens: Tensor, noise: Tensor) -> Tensor:
+    """A rule: only the noise."""
+    return tokens[noise]
+
+
+def drop_noise(tokens: Tensor, noise: Tensor) -> Tensor:
+    """A rule: all but the noise."""
+    return tokens[~noise]
 
 
 def bert_denoising(
@@ -95,24 +150,29 @@ def bert_denoising(
 ) -> Batch:
     """Mask or replace single tokens, and ask for the whole text.
 
-    Of the hidden tokens of ``tokens [b l]``, ``random_share`` become
-    words (from id 3 on), the others ``<extra_id_0>``; 0: MASS-style.
-    Built in chapter 16, "Ask in other ways" (paper, section 3.3.1).
+    Args:
+        tokens: ids of words ``[b l]``.
+        ids: of the vocabulary.
+        noise_density: probability of a token to be noise; default 0.15.
+        random_share: share of the noise that becomes a random word (ids from
+            3 to below the sentinels); the rest becomes ``<extra_id_0>``.
+            Default 0.1; 0 is the paper's MASS-style objective.
+        generator: where the random numbers come from; default: torch's.
+
+    Raises:
+        ValueError: if one of the two numbers is no share.
+
+    Source: paper, section 3.3.1.
     """
     check_ids("text", tokens, ids.words_end)
-    noise = _by_chance(tokens, noise_density, generator)
-    swap = _by_chance(tokens, random_share, generator)
-    word = torch.randint(3, ids.words_end, swap.shape, generator=generator)
-    fill = word.where(swap, ids.first_sentinel)
-    return _end(fill.where(noise, tokens.long()), tokens, ids)
 
+    def mask_or_replace(text, noise):
+        replaced = _by_chance(text.shape, random_share, generator)
+        word = torch.randint(3, ids.words_end, text.shape, generator=generator)
+        return torch.where(noise, word.where(replaced, ids.first_sentinel), text)
 
-def _end(sources, targets, ids):
-    """End rows of tokens with eos, and pad them to a batch."""
-    eos = torch.tensor([ids.eos_id])
-    src, mask = pad_rows([torch.cat([r, eos]) for r in sources], ids.pad_id)
-    labels, _ = pad_rows([torch.cat([r, eos]) for r in targets], -100)
-    return Batch(src, mask, labels)
+    noise = _by_chance(tokens.shape, noise_density, generator)
+    return denoise(tokens, noise, ids, source=mask_or_replace, target=keep_all)
 
 
 def prefix_lm(
@@ -120,15 +180,18 @@ def prefix_lm(
 ) -> Batch:
     """Give a beginning of ``tokens [b l]``, and ask for the rest.
 
-    Built in chapter 16, "Ask in other ways" (paper, section 3.3.1).
+    Raises:
+        ValueError: if a text has less than 2 tokens.
+
+    Source: paper, section 3.3.1; t5, ``random_prefix_noise_mask``.
     """
     check_ids("text", tokens, ids.words_end)
     b, length = tokens.shape
     if length < 2:
-        raise ValueError("a text of 1 token cannot be cut; pass 2 or more")
-    cuts = torch.randint(1, length, (b,), generator=generator).tolist()
-    parts = [row.split([c, length - c]) for row, c in zip(tokens, cuts)]
-    return _end(*zip(*parts), ids)
+        raise ValueError("a text of 1 token can't be cut; pass 2 or more")
+    cuts = torch.randint(1, length, (b, 1), generator=generator)
+    noise = torch.arange(length) < cuts  # [b l]
+    return denoise(tokens, noise, ids, source=keep_noise, target=drop_noise)
 
 
 def deshuffling(
@@ -136,16 +199,34 @@ def deshuffling(
 ) -> Batch:
     """Shuffle each row of ``tokens [b l]``, and ask for the order.
 
-    Built in chapter 16, "Ask in other ways" (paper, section 3.3.1).
+    Source: paper, section 3.3.1; t5, ``permute_noise_tokens``.
     """
     check_ids("text", tokens, ids.words_end)
-    mixed = [torch.randperm(len(r), generator=generator) for r in tokens]
-    return _end([row[i] for row, i in zip(tokens, mixed)], tokens, ids)
+
+    def shuffle_noise(text, noise):
+        order = torch.randperm(int(noise.sum()), generator=generator)
+        return text.masked_scatter(noise, text[noise][order])
+
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    return denoise(tokens, everything, ids, source=shuffle_noise, target=keep_all)
 
 
-UL2 = (  # mode, mean length of spans (None: l/4), density
-    ("R", 3, 0.15), ("R", 8, 0.15), ("S", None, 0.25), ("X", 3, 0.5),
-    ("X", 8, 0.5), ("X", 64, 0.15), ("X", 64, 0.5),
+class Denoiser(NamedTuple):
+    """One of UL2's ways to hide spans."""
+
+    mode: str
+    mean_span: float | None  # in tokens; None: a quarter of the text
+    density: float
+
+
+UL2 = (
+    Denoiser("R", 3, 0.15),
+    Denoiser("R", 8, 0.15),
+    Denoiser("S", None, 0.25),
+    Denoiser("X", 3, 0.5),
+    Denoiser("X", 8, 0.5),
+    Denoiser("X", 64, 0.15),
+    Denoiser("X", 64, 0.5),
 )
 
 
@@ -153,98 +234,35 @@ def ul2_denoising(
     tokens: Tensor, ids: SpecialIds, modes: Mapping[str, Sequence[int]], *,
     generator: Generator | None = None,
 ) -> Batch:
-    """Ask each row of ``tokens [b l]`` by one of UL2's seven denoisers.
+    """Ask each text by one of UL2's seven denoisers, all equally likely.
 
-    All seven are equally likely. ``modes`` has the ids that begin the
-    source: ``[NLU]`` under R, ``[S2S]`` under S, ``[NLG]`` under X, or
-    KeyError. ValueError if sentinels run out (100 serve 602 tokens).
-    Built in chapter 16, "Ask in other ways" (Tay et al. 2022, table 1).
+    Args:
+        tokens: ids of words ``[b l]``, ``l`` 2 or more.
+        ids: of the vocabulary.
+        modes: the ids that begin the source, by "R", "S" and "X": those of
+            ``[NLU]``, ``[S2S]`` and ``[NLG]``.
+        generator: where the random numbers come from; default: torch's.
+
+    Raises:
+        KeyError: if one of the three modes is missing.
+        ValueError: if sentinels run out (100 serve texts of 602 tokens).
+
+    Source: Tay et al. 2022, table 1.
     """
     check_ids("text", tokens, ids.words_end)
-    b, length = tokens.shape
     starts = {mode: torch.tensor(modes[mode]) for mode in "RSX"}
-    draw = partial(random_spans_noise_mask, batch=b, generator=generator)
-    masks = [draw(length, d, mu or max(length / 4, 1)) for _, mu, d in UL2]
-    which = torch.randint(len(masks), (b,), generator=generator)
-    noise = torch.stack(masks)[which, torch.arange(b)]  # [b l]
+    b, length = tokens.shape
+    which = torch.randint(len(UL2), (b,), generator=generator)
+    noise = torch.empty(b, length, dtype=torch.bool)
+    for i, (_, mean_span, density) in enumerate(UL2):
+        rows = which == i  # [b]
+        noise[rows] = random_spans_noise_mask(
+            length, density, mean_span or max(length / 4, 1),
+            batch=int(rows.sum()), generator=generator,
+        )
     src, mask, labels = corrupt_spans(tokens, noise, **ids._asdict())
-    begin = [starts[UL2[i][0]] for i in which]
-    rows = [torch.cat([m, s[r]]) for m, s, r in zip(begin, src, mask)]
-    return Batch(*pad_rows(rows, ids.pad_id), labels)
-
-
-class PackedBatch(NamedTuple):
-    """Several examples in each row. Segments count from 1; 0 is padding.
-
-    Built in chapter 16, "Ask in other ways".
-    """
-
-    src: Tensor  # int64 [b s]
-    src_segments: Tensor  # int64 [b s]
-    labels: Tensor  # int64 [b t], -100 at padding
-    tgt_segments: Tensor  # int64 [b t]
-
-
-def pack(
-    batches: Iterable[Batch], src_length: int, tgt_length: int
-) -> PackedBatch:
-    """Lay examples side by side, each into the first row with room for it.
-
-    ValueError if there is no example, or one that no row can hold. Built
-    in chapter 16, "Ask in other ways" (paper, section 3.1.2).
-    """
-    room = src_length, tgt_length
-    rows, free = [[]], [room]  # the last row is empty
-    for src, mask, labels in (row for b in batches for row in zip(*b)):
-        parts = src[mask], labels[labels != -100]
-        s, t = map(len, parts)
-        fits = [s <= a and t <= b for a, b in free]
-        if not fits[-1]:
-            wrong = f"an example has {[s, t]} tokens and a row {[*room]}"
-            raise ValueError(f"{wrong} (source, target); lengthen the rows")
-        i = fits.index(True)
-        if not rows[i]:
-            rows, free = rows + [[]], free + [room]
-        rows[i].append(parts)
-        free[i] = free[i][0] - s, free[i][1] - t
-    if not rows[0]:
-        raise ValueError("there is nothing to pack; pass a batch or more")
-    sources, targets = zip(*[zip(*row) for row in rows[:-1]])
-    sources = _lay(sources, src_length, 0)
-    return PackedBatch(*sources, *_lay(targets, tgt_length, -100))
-
-
-def _lay(rows, width, fill):
-    """Lay the pieces of each row into ids and segments ``[b n]``."""
-    both = torch.tensor([fill, 0]).repeat(len(rows), width, 1)  # [b n 2]
-    for row, pieces in zip(both, rows):
-        numbers = [torch.full_like(p, i) for i, p in enumerate(pieces, 1)]
-        laid = torch.stack([torch.cat(pieces), torch.cat(numbers)], dim=1)
-        row[: len(laid)] = laid
-    return both.unbind(dim=2)
-
-
-def segment_mask(queries: Tensor, keys: Tensor) -> Tensor:
-    """Let tokens meet those of their own segment, and never padding.
-
-    Segments ``[b q]`` and ``[b k]``, 0 at padding; bool ``[b q k]``.
-    Built in chapter 16, "Ask in other ways" (t5x, ``network.py``).
-    """
-    return (queries[:, :, None] == keys[:, None]) & (keys != 0)[:, None]
-
-
-def batch_logits(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
-    """Logits ``[b t v]`` of a ``T5`` for each label of a batch.
-
-    In a packed batch, each example gets what it would get alone.
-    Built in chapter 16, "Ask in other ways".
-    """
-    tgt = model.shift_right(batch.labels)
-    if not isinstance(batch, PackedBatch):
-        return model(batch.src, tgt, batch.mask)
-    src, reads, _, writes = batch
-    before = nn.functional.pad(writes[:, :-1], (1, 0))
-    tgt = tgt.masked_fill(writes != before, model.config.start_id)
-    memory = model.encode(src, segment_mask(reads, reads))
-    cross, own = segment_mask(writes, reads), segment_mask(writes, writes)
-    return model.decode(tgt, memory, cross, own)
+    sources = []
+    for i, row, real in zip(which.tolist(), src, mask):
+        sources.append(torch.cat([starts[UL2[i].mode], row[real]]))
+    src, mask = pad_rows(sources, ids.pad_id)
+    return Batch(src, mask, labels)

@@ -1,112 +1,149 @@
-"""Optimizers: how far each weight of T5 goes at each step.
+"""Optimizers: Adafactor, Muon, and how a T5 shares its weights among them.
 
-Built in chapter 17, "Decide how far to step" (chapters/optimizers.md). Edit
-the chapter, not this file.
+Built in chapter 17, "Optimizers: Adafactor and Muon"
+(chapters/optimizers.md). Edit the chapter, not this file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-__all__ = [
-    "Adafactor",
-    "Muon",
-    "adafactor",
-    "linear_schedule",
-    "muon_adamw",
-    "orthogonalize",
-]
+from t5_book.decoder import DecoderBlock
+from t5_book.encoder import EncoderBlock
+from t5_book.relative_position import RelativePositionBias
+
+__all__ = ["Adafactor", "Muon", "adafactor", "muon_adamw"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The numbers in float32, or in float64 if that's what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square of all numbers."""
+    return x.square().mean().sqrt()
+
+
+def _running_mean(state: dict, name: str, new: Tensor, weight: float) -> Tensor:
+    """Take ``new`` into a mean of the state with this weight; return the mean."""
+    if name not in state:
+        state[name] = torch.zeros_like(new)
+    return state[name].lerp_(new, weight)
 
 
 class _PerParameter(Optimizer):
-    """Call ``update(p, group)`` for each parameter with a gradient."""
+    """Call ``update(P, G, state, group)`` for each parameter with a gradient."""
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Take one step. ``closure`` is ignored."""
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """Take one step.
+
+        Args:
+            closure: computes loss and gradients anew; called first.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, group)
+                    self.update(p, _wide(p.grad), self.state[p], group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from what ``state_dict`` returned."""
+        super().load_state_dict(state_dict)
+        # PyTorch has rounded the means to the dtype of the weights; undo it.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(p.device, copy=True)
 
 
 class Adafactor(_PerParameter):
     """Steps in proportion to the weights; squares kept as row and column.
 
-    Matrices with a side below 128 and vectors keep every square. There is
-    no momentum and no decay. It computes in the type of the weights.
+    Matrices with a side below 128, and all that are no matrices, keep every
+    square. There is no momentum and no weight decay. The state is float32
+    (float64 for such weights). Keep the weights in float32, too: in half
+    precision a small step rounds to nothing.
 
     Args:
         params: parameters, or parameter groups of them.
         lr: relative size of a step; default 0.001, for fine-tuning.
-        warmup: if given, step ``n + 1`` is ``lr / sqrt(max(n, warmup))``.
+        warmup: if given, the step after ``n`` others has the relative size
+            ``lr / sqrt(max(n, warmup))``; default None, always ``lr``.
 
     Raises:
         ValueError: if ``warmup`` is less than 1.
 
-    Built in chapter 17, "Decide how far to step" (Shazeer and Stern 2018;
-    code of t5x, ``adafactor.py``).
+    Source: Shazeer and Stern 2018; t5x, ``adafactor.py``.
     """
 
-    def __init__(self, params, lr: float = 1e-3, warmup: int | None = None):
+    def __init__(
+        self, params: Iterable, lr: float = 1e-3, warmup: int | None = None
+    ):
         if warmup is not None and warmup < 1:
             raise ValueError(f"warmup is {warmup}; pass 1 or more, or None")
         super().__init__(params, {"lr": lr, "warmup": warmup})
 
-    def track(self, p: Tensor, name: str, new: Tensor) -> Tensor:
-        """Take ``new`` into a running mean for ``p``; return the mean."""
-        mean = self.state[p].setdefault(name, torch.zeros_like(new))
-        return mean.lerp_(new, self.state[p]["step"] ** -0.8)
+    def update(self, P: Tensor, G: Tensor, state: dict, group: dict) -> None:
+        """Take a step with one parameter ``P`` and its gradient ``G``."""
+        n = state.get("step", 0)
+        t = state["step"] = n + 1
+        # All of the first square, ever less of the later ones.
+        weight = t**-0.8
+        # So that a gradient of zero is not divided by zero.
+        square = G.square() + 1e-30
 
-    def normalize(self, p: Tensor) -> Tensor:
-        """Divide the gradient of ``p`` by the root of its mean square."""
-        tiny = max(1e-30, torch.finfo(p.dtype).tiny)
-        square = p.grad.square() + tiny
-        if p.ndim != 2 or min(p.shape) < 128:
-            return p.grad * self.track(p, "squares", square).rsqrt()
-        rows = self.track(p, "rows", square.mean(dim=1, keepdim=True))
-        columns = self.track(p, "columns", square.mean(dim=0))
-        return p.grad * (rows / rows.mean()).rsqrt() * columns.rsqrt()
+        # Below 128 there is little to save.
+        if G.ndim == 2 and min(G.shape) >= 128:
+            R = _running_mean(state, "rows", square.mean(dim=1, keepdim=True), weight)
+            C = _running_mean(state, "columns", square.mean(dim=0), weight)
+            A = G * (R / R.mean()).rsqrt() * C.rsqrt()  # [n m]
+        else:
+            A = G * _running_mean(state, "squares", square, weight).rsqrt()
+        # When gradients suddenly grow, the means lag behind and A is too large.
+        A = A / _rms(A).clamp(min=1)
 
-    def update(self, p: Tensor, group: dict) -> None:
-        """Step with one parameter ``p`` of any shape."""
-        state, rate = self.state[p], group["lr"]
-        steps_before = state.get("step", 0)
-        state["step"] = steps_before + 1
+        rho = group["lr"]
         if group["warmup"] is not None:
-            rate = rate * max(steps_before, group["warmup"]) ** -0.5
-        step = self.normalize(p)
-        step = step / _rms(step).clamp(min=1)
-        p.sub_(rate * _rms(p).clamp(min=1e-3) * step)
+            rho = rho * max(n, group["warmup"]) ** -0.5
+        # In proportion to the weights, but weights of zero must be able to leave.
+        P.sub_(rho * _rms(_wide(P)).clamp(min=1e-3) * A)
 
 
-def _rms(x: Tensor) -> Tensor:
-    """Root of the mean square of all numbers."""
-    return x.square().mean().sqrt()
-
-
-def adafactor(
-    model: nn.Module, warmup: int | None = 10_000
-) -> list[Optimizer]:
-    """Make the paper's optimizer, with its schedule built in.
+def adafactor(model: nn.Module, warmup: int | None = 10_000) -> list[Optimizer]:
+    """Make the paper's optimizer for a model, with its schedule built in.
 
     Args:
         model: its parameters that require a gradient are trained.
-        warmup: steps at a constant rate, the paper's ``k``; default
-            10,000. After ``n`` steps the relative step size is
-            ``1 / sqrt(max(n, warmup))``. None: always 0.001, the paper's
+        warmup: the paper's ``k``, steps at a constant rate; default 10,000,
+            for pre-training. After ``n`` steps the relative size of a step
+            is ``1 / sqrt(max(n, warmup))``. None: always 0.001, the paper's
             choice for fine-tuning.
 
     Returns:
         A list of one ``Adafactor``.
 
-    Built in chapter 17, "Decide how far to step" (paper, section 3.1.2).
+    Source: paper, section 3.1.2.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     rate = 1e-3 if warmup is None else 1.0
     return [Adafactor(trained, rate, warmup)]
+
+
+# a, b and c: Jordan et al. 2024
+_ORTHOGONALIZING = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
@@ -120,46 +157,64 @@ def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
     Returns:
         ``[... n m]``.
 
-    Built in chapter 17, "Decide how far to step" (Jordan et al. 2024).
+    Source: Jordan et al. 2024.
     """
+    a, b, c = _ORTHOGONALIZING
+    # Turned on its side, a tall matrix has a small X X^T.
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = matrix.mT if tall else matrix
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(rounds):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
+        XXt = X @ X.mT  # [... n n]
+        X = a * X + (b * XXt + c * XXt @ XXt) @ X
+    return X.mT if tall else X
 
 
 class Muon(_PerParameter):
     """Momentum whose steps are orthogonalized, for matrices.
 
-    It computes in the type of the weights. ``torch.optim.Muon`` takes the
-    same steps in bfloat16, which is slow where the processor lacks it.
+    The state is float32 (float64 for such weights), and so is the
+    computation. ``torch.optim.Muon`` takes the same steps in bfloat16, which
+    is slow on processors without it.
 
     Args:
         params: matrices, or parameter groups of them.
         lr: learning rate; default 0.005.
         momentum: share of the old mean in the new; default 0.95.
-        rounds: see ``orthogonalize``; default 5.
+        rounds: as in ``orthogonalize``; default 5.
 
-    Built in chapter 17, "Decide how far to step" (Jordan et al. 2024).
+    Raises:
+        ValueError: if a parameter is no matrix.
+
+    Source: Jordan et al. 2024.
     """
 
     def __init__(
-        self, params, lr: float = 5e-3, momentum: float = 0.95, rounds=5
+        self,
+        params: Iterable,
+        lr: float = 5e-3,
+        momentum: float = 0.95,
+        rounds: int = 5,
     ):
-        defaults = {"lr": lr, "momentum": momentum, "rounds": rounds}
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "rounds": rounds})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(
+                        f"a parameter has shape {tuple(p.shape)}, but Muon is for "
+                        "matrices; give it to another optimizer"
+                    )
 
-    def update(self, p: Tensor, group: dict) -> None:
-        """Step with one matrix ``p [n m]``."""
-        mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-        mean.lerp_(p.grad, 1 - group["momentum"])
-        ahead = p.grad.lerp(mean, group["momentum"])
-        scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+    def update(self, P: Tensor, G: Tensor, state: dict, group: dict) -> None:
+        """Take a step with one matrix ``P [n m]`` and its gradient ``G``."""
+        momentum = group["momentum"]
+        mean = _running_mean(state, "mean", G, 1 - momentum)
+        # Nesterov: where the mean will be after another gradient like this one.
+        ahead = G.lerp(mean, momentum)
+        # A tall step spreads the same length over more output features.
+        scale = max(1, P.shape[0] / P.shape[1]) ** 0.5
         step = orthogonalize(ahead, group["rounds"])
-        p.add_(step, alpha=-group["lr"] * scale)
+        P.add_(step, alpha=-group["lr"] * scale)
 
 
 def muon_adamw(
@@ -169,7 +224,7 @@ def muon_adamw(
     table_lr: float = 0.3,
     rounds: int = 3,
 ) -> list[Optimizer]:
-    """Make optimizers that learn fast on a small scale.
+    """Make optimizers that train a small T5 in few steps.
 
     Args:
         model: a ``T5``; parameters that require a gradient are trained.
@@ -181,52 +236,36 @@ def muon_adamw(
         rounds: of Muon's iteration; default 3, which cost less than 5.
 
     Returns:
-        A ``Muon`` and an ``AdamW``.
-
-    Built in chapter 17, "Decide how far to step".
-    """
-    matrices, tables, others = [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if ".biases." in name:
-            tables.append(p)
-        elif ".blocks." in name and p.ndim == 2:
-            matrices.append(p)
-        else:
-            others.append(p)
-    groups = [
-        {"params": others, "lr": embedding_lr},
-        {"params": tables, "lr": table_lr},
-    ]
-    adamw = AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    return [Muon(matrices, lr=lr, rounds=rounds), adamw]
-
-
-def linear_schedule(steps: int, warmup: int) -> Callable[[int], float]:
-    """Climb to 1 in ``warmup`` steps, then fall to 0 at ``steps``.
-
-    Args:
-        steps: length of the training.
-        warmup: length of the climb, from 1 to ``steps - 1``.
-
-    Returns:
-        A function from the step, counted from 0, to the factor by which
-        every learning rate is multiplied.
+        A ``Muon`` and an ``AdamW``. One that has nothing to train is left out.
 
     Raises:
-        ValueError: if ``warmup`` is not between 1 and ``steps - 1``.
-
-    Built in chapter 17, "Decide how far to step".
+        ValueError: if no parameter requires a gradient.
     """
-    if not 1 <= warmup < steps:
-        raise ValueError(
-            f"warmup is {warmup} in a training of {steps} steps; "
-            f"pass 1 to {steps - 1}"
-        )
+    in_blocks, in_tables = set(), set()
+    for module in model.modules():
+        if isinstance(module, RelativePositionBias):
+            in_tables.update(module.parameters())
+        elif isinstance(module, EncoderBlock | DecoderBlock):
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    in_blocks.add(part.weight)
 
-    def factor(step: int) -> float:
-        up, down = (step + 1) / warmup, (steps - step) / (steps - warmup)
-        return max(0.0, min(up, down))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient")
+    matrices = [p for p in trained if p in in_blocks]
+    tables = [p for p in trained if p in in_tables]
+    others = [p for p in trained if p not in in_blocks | in_tables]
 
-    return factor
+    optimizers = []
+    if matrices:
+        optimizers.append(Muon(matrices, lr=lr, rounds=rounds))
+    if others or tables:
+        groups = [
+            {"params": others, "lr": embedding_lr},
+            {"params": tables, "lr": table_lr},
+        ]
+        # Adam's usual 0.999 would average over 1,000 steps, more than a short
+        # training run has; 0.98 averages over 50.
+        optimizers.append(AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0))
+    return optimizers

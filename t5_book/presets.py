@@ -1,10 +1,8 @@
 """The sizes of the released models, as keywords of ``T5``.
 
-Built in chapter 11, "Assemble T5" (chapters/t5.md). Edit the chapter, not
-this file.
+Built in chapter 11, "The whole T5: embeddings, two stacks, a head and a
+loss" (chapters/t5.md). Edit the chapter, not this file.
 """
-
-
 
 __all__ = ["PRESETS"]
 
@@ -42,7 +40,6 @@ _BYT5 = {
     "xxl": dict(dim=4672, mlp_dim=12352, depth=36, dec_depth=12, heads=64),
 }
 _UMT5 = {size: row for size, row in _V1_1.items() if size != "large"}
-
 _GATED = {"feed_forward": "gated-gelu", "tie_head": False}
 
 # family: its sizes, its vocabulary, and what else sets it apart from T5 1.0

@@ -1,7 +1,7 @@
 """Relative position bias: what T5 adds to attention scores to know who is near.
 
-Built in chapter 7, "Tell T5 who is near" (chapters/relative_position.md).
-Edit the chapter, not this file.
+Built in chapter 7, "Relative position bias: telling T5 who is near"
+(chapters/relative_position.md). Edit the chapter, not this file.
 """
 
 import math
@@ -13,28 +13,56 @@ from torch import Tensor, nn
 __all__ = ["RelativePositionBias", "relative_position_bucket"]
 
 
-def distance_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+def distance_bucket(distance: Tensor, side_buckets: int, max_distance: int) -> Tensor:
     """Sort distances into the buckets of one side: exact near, logarithmic far.
 
     Args:
         distance: int64, any shape, 0 or more.
-        num_buckets: buckets for this side; half of them hold one distance each.
+        side_buckets: buckets for this side; half of them hold one distance each.
         max_distance: where the logarithmic scale ends. The last bucket opens
             before that: at 91 of 128 with 16 buckets, at 113 with 32.
 
     Returns:
-        int64, the shape of ``distance``, from 0 to ``num_buckets - 1``.
+        int64, the shape of ``distance``, from 0 to ``side_buckets - 1``.
 
     Source: paper, section 2.1; mesh-tensorflow, ``transformer_layers.py``.
     """
-    exact = num_buckets // 2
-    # From 0 at distance `exact` to 1 at `max_distance`. What lies below is not
-    # used, and held at `exact` only because of log(0).
+    exact = side_buckets // 2
+    # Near distances don't use the logarithm. The clamp keeps it from log(0).
+    # Without float() the ratio would have torch's default dtype, and bfloat16
+    # has too few digits for it.
     ratio = distance.clamp(min=exact).float() / exact
+    # From 0 at distance `exact` to 1 at `max_distance`
     scale = ratio.log() / math.log(max_distance / exact)
-    far = exact + (scale * (num_buckets - exact)).long()
-    far = far.clamp(max=num_buckets - 1)
+    far = exact + (scale * (side_buckets - exact)).long()
+    far = far.clamp(max=side_buckets - 1)
     return torch.where(distance < exact, distance, far)
+
+
+def check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> None:
+    """Refuse numbers that the bucket formula can't work with.
+
+    Raises:
+        ValueError: if two sides get an odd number of buckets, if a side
+            gets fewer than 2, or if ``max_distance`` is not larger than
+            the number of exact buckets of a side.
+    """
+    if bidirectional and num_buckets % 2:
+        raise ValueError(
+            f"num_buckets={num_buckets} is odd and can't be shared by two sides; "
+            "pass an even number"
+        )
+    side = num_buckets // 2 if bidirectional else num_buckets
+    if side < 2:
+        raise ValueError(
+            f"num_buckets={num_buckets} leaves {side} to a side, which needs at "
+            f"least 2; pass {4 if bidirectional else 2} or more"
+        )
+    if max_distance <= side // 2:
+        raise ValueError(
+            f"max_distance={max_distance}, but distances below {side // 2} have a "
+            f"bucket each; pass more than {side // 2}"
+        )
 
 
 def relative_position_bucket(
@@ -68,32 +96,6 @@ def relative_position_bucket(
     half = num_buckets // 2
     bucket = distance_bucket(relative_position.abs(), half, max_distance)
     return bucket + half * (relative_position > 0)
-
-
-def check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> None:
-    """Refuse numbers that the bucket formula cannot work with.
-
-    Raises:
-        ValueError: if two sides get an odd number of buckets, if a side
-            gets fewer than 2, or if ``max_distance`` is not larger than
-            the number of exact buckets of a side.
-    """
-    if bidirectional and num_buckets % 2:
-        raise ValueError(
-            f"num_buckets={num_buckets} is odd and can't be shared by two sides; "
-            "pass an even number"
-        )
-    side = num_buckets // 2 if bidirectional else num_buckets
-    if side < 2:
-        raise ValueError(
-            f"num_buckets={num_buckets} leaves {side} to a side, which needs at "
-            f"least 2; pass {4 if bidirectional else 2} or more"
-        )
-    if max_distance <= side // 2:
-        raise ValueError(
-            f"max_distance={max_distance}, but distances below {side // 2} have a "
-            f"bucket each; pass more than {side // 2}"
-        )
 
 
 class RelativePositionBias(nn.Module):
@@ -140,7 +142,10 @@ class RelativePositionBias(nn.Module):
             ValueError: if there are more queries than keys.
         """
         if q_len > k_len:
-            raise ValueError(f"{q_len} queries can't be the last of {k_len} keys; pass q_len <= k_len")
+            raise ValueError(
+                f"{q_len} queries can't be the last of {k_len} keys; "
+                "pass q_len <= k_len"
+            )
         key = torch.arange(k_len, device=self.table.weight.device)
         query = key[k_len - q_len :]  # the queries are the last positions
         relative_position = key[None, :] - query[:, None]  # [q k]

@@ -1,7 +1,7 @@
 """RMSNorm: T5's layer normalisation, which rescales and never recentres.
 
-Built in chapter 5, "Rescale without recentring" (chapters/rms_norm.md).
-Edit the chapter, not this file.
+Built in chapter 5, "RMSNorm: layer normalisation without the mean"
+(chapters/rms_norm.md). Edit the chapter, not this file.
 """
 
 import torch
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x [... d]``; return ``[... d]`` in the dtype of ``weight``."""
-        # Half precision would lose the small squares.
+        # In float16 the square of 300 is infinite, and that of 0.0001 is zero.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = wide.square().mean(dim=-1, keepdim=True)  # [... 1]
         normed = wide * torch.rsqrt(mean_square + self.eps)

@@ -1,7 +1,7 @@
 """The whole T5: from ids of a source and a target to logits and loss.
 
-Built in chapter 11, "Assemble T5" (chapters/t5.md). Edit the chapter, not
-this file.
+Built in chapter 11, "The whole T5: embeddings, two stacks, a head and a
+loss" (chapters/t5.md). Edit the chapter, not this file.
 """
 
 import inspect

@@ -1,127 +1,166 @@
-"""Training: evaluation, and a loop that can be stopped and resumed.
+"""Training: a loop that logs, and that can be stopped and resumed.
 
-Built in chapter 18, "Set up the training" (chapters/training.md). Edit the
-chapter, not this file.
+Built in chapter 18, "A training loop that can be stopped and resumed"
+(chapters/training.md). Edit the chapter, not this file.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from t5_book.checks import check_ids
-from t5_book.inference import evaluating
-from t5_book.objectives import PackedBatch, batch_logits
-from t5_book.span_corruption import Batch
+from t5_book.batches import Batch
+from t5_book.checkpoints import (
+    check_fit,
+    places_of,
+    read_checkpoint,
+    write_checkpoint,
+)
+from t5_book.checks import check_integer
+from t5_book.losses import batch_loss
+from t5_book.packing import PackedBatch
 
-__all__ = ["Trainer", "cross_entropy", "evaluate"]
+__all__ = ["Trainer"]
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch | PackedBatch]
-) -> dict:
-    """Measure a ``T5`` on batches, without dropout.
+def full_rate(step: int) -> float:
+    """The default schedule: the rates stay as they are."""
+    return 1.0
 
-    Args:
-        model: the ``T5``.
-        batches: what to measure it on; labels of -100 do not count.
 
-    Returns:
-        ``loss``, nats per target token, and ``accuracy``, the share of
-        target tokens whose most likely choice is right, teacher-forced.
-
-    Raises:
-        ValueError: if the batches hold no label that counts.
-
-    Built in chapter 18, "Set up the training".
-    """
-    loss, right, count = 0.0, 0, 0
-    device = next(model.parameters()).device
-    with evaluating(model):
-        for batch in batches:
-            batch = batch._make(part.to(device) for part in batch)
-            real = batch.labels != -100
-            logits = batch_logits(model, batch)[real].float()  # [n v]
-            labels = batch.labels[real].long()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            right += (logits.argmax(dim=-1) == labels).sum().item()
-            count += len(labels)
-    if count == 0:
-        raise ValueError("no label to measure; are the batches used up?")
-    return {"loss": loss / count, "accuracy": right / count}
+def measure_nothing(model: nn.Module) -> dict:
+    """The default measurement of ``Trainer.fit``."""
+    return {}
 
 
 class Trainer:
-    """Train a T5, with evaluation, logging, checkpoints and resuming.
+    """Train a ``T5``, with evaluation, logging, checkpoints and resuming.
 
     Args:
-        model: the ``T5`` to train, on the device where it shall train.
-        batches: a function from the step, counted from 0, to its
-            ``Batch``. The same step must give the same batch.
-        optimizers: which together step with the model's parameters.
-        schedule: from the step to a factor on every learning rate;
-            default: always 1.
-        loss: from model and batch to what shall be small; default: the
-            model's own loss, which wants a ``Batch``.
+        model: the ``T5``, on the device where it is to be trained.
+        batches: a function from the step, counted from 0, to its ``Batch`` or
+            ``PackedBatch``. The same step must give the same batch.
+        optimizers: those that together step with the model's parameters.
+        schedule: from the step to a factor on every learning rate; default:
+            always 1.
+        loss: maps model and batch to the scalar to minimise; default:
+            ``batch_loss``, the mean cross-entropy.
         clip: longest gradient, as the norm over all weights; default 1.
-        folder: where ``checkpoint.pt`` and ``log.jsonl`` are kept;
-            default: nothing is saved.
+        folder: where ``checkpoint.pt`` and ``log.jsonl`` are kept; default:
+            nothing is saved.
 
-    Built in chapter 18, "Set up the training".
+    Attributes:
+        step: number of steps done.
+        history: the records that ``fit`` has made.
+        gradient_norm: norm of the last step's gradient, before clipping.
+
+    Raises:
+        ValueError: if ``clip`` is not above 0.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Callable[[int], Batch],
-        optimizers: Sequence[Optimizer], *,
-        schedule: Callable[[int], float] = lambda step: 1.0,
-        loss: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: (
-            model.loss(batch.src, batch.labels, batch.mask)
-        ),
-        clip: float = 1.0, folder: str | Path | None = None,
+        self,
+        model: nn.Module,
+        batches: Callable[[int], Batch | PackedBatch],
+        optimizers: Sequence[Optimizer],
+        *,
+        schedule: Callable[[int], float] = full_rate,
+        loss: Callable[[nn.Module, Batch | PackedBatch], Tensor] = batch_loss,
+        clip: float = 1.0,
+        folder: str | Path | None = None,
     ):
-        self.model, self.batches = model, batches
-        self.optimizers, self.schedule = optimizers, schedule
-        self.loss, self.clip = loss, clip
+        if not clip > 0:
+            raise ValueError(f"clip is {clip}; pass a number above 0")
+        self.model = model
+        self.batches = batches
+        self.optimizers = optimizers
+        self.schedule = schedule
+        self.loss = loss
+        self.clip = clip
         self.folder = None if folder is None else Path(folder)
-        self.rates = [
-            [g.setdefault("initial_lr", g["lr"]) for g in o.param_groups]
-            for o in optimizers
-        ]
         self.step = 0
         self.history: list[dict] = []
+        self.gradient_norm = 0.0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
 
     def train_step(self) -> float:
         """Learn from the batch of this step; return its loss.
 
         Raises:
-            FloatingPointError: if the loss or its gradient is not finite;
-                the weights are then as they were.
+            FloatingPointError: if the loss or its gradient is not finite; the
+                weights are then as they were.
         """
         device = next(self.model.parameters()).device
-        batch = self.batches(self.step)
-        batch = batch._make(part.to(device) for part in batch)
-        for optimizer, rates in zip(self.optimizers, self.rates):
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * self.schedule(self.step)
+        batch = self.batches(self.step).to(device)
+        factor = self.schedule(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        self.model.train()
         self.model.zero_grad()
         loss = self.loss(self.model, batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         if not (loss + norm).isfinite():
-            wrong = f"the loss is {loss.item()}, its gradient {norm.item()}"
-            hint = "lower the learning rate, or look for an empty batch"
-            raise FloatingPointError(f"{wrong} at step {self.step}; {hint}")
+            raise FloatingPointError(
+                f"the loss is {loss.item():.4g}, its gradient {norm.item():.4g} at step "
+                f"{self.step}; lower the learning rate, or look for an empty batch"
+            )
         for optimizer in self.optimizers:
             optimizer.step()
+        self.gradient_norm = norm.item()
         self.step += 1
         return loss.item()
+
+    def fit(
+        self,
+        steps: int,
+        measure: Callable[[nn.Module], dict] = measure_nothing,
+        every: int = 100,
+    ) -> list[dict]:
+        """Train until ``steps`` steps are done, in all.
+
+        Args:
+            steps: where to stop, counted from the very first step.
+            measure: what to add to a record; default: nothing.
+            every: steps between two records, each of which is also saved;
+                default 100.
+
+        Returns:
+            The history: records with ``step``, ``train_loss`` and
+            ``gradient_norm`` (means since the last record; the norm before
+            clipping) and what ``measure`` returns.
+
+        Raises:
+            ValueError: if ``every`` is not an integer of at least 1.
+            FloatingPointError: as ``train_step``.
+        """
+        check_integer("every", every, 1)
+        losses, norms = [], []
+        with tqdm(total=steps, initial=self.step, desc="Training") as bar:
+            while self.step < steps:
+                losses.append(self.train_step())
+                norms.append(self.gradient_norm)
+                bar.update()
+                if self.step % every == 0 or self.step == steps:
+                    record = {
+                        "step": self.step,
+                        "train_loss": sum(losses) / len(losses),
+                        "gradient_norm": sum(norms) / len(norms),
+                    }
+                    record |= measure(self.model)
+                    # Through JSON and back: a checkpoint holds plain numbers only.
+                    self.history.append(json.loads(json.dumps(record, default=float)))
+                    self.save()
+                    bar.set_postfix(loss=f"{record['train_loss']:.3f}")
+                    losses, norms = [], []
+        return self.history
 
     def save(self) -> None:
         """Write checkpoint and log, if the trainer has a folder."""
@@ -132,119 +171,39 @@ class Trainer:
             "step": self.step,
             "history": self.history,
             "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "kinds": [type(o).__name__ for o in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "places": places_of(self.model, self.optimizers),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
         }
-        partial = self.folder / "checkpoint.partial"
-        torch.save(state, partial)
-        partial.replace(self.folder / "checkpoint.pt")
+        write_checkpoint(self.folder / "checkpoint.pt", state)
         lines = [json.dumps(record) + "\n" for record in self.history]
         (self.folder / "log.jsonl").write_text("".join(lines))
 
-    def fit(
-        self, steps: int,
-        measure: Callable[[nn.Module], dict] = lambda model: {},
-        every: int = 100,
-    ) -> list[dict]:
-        """Train until ``steps`` steps are done, in all.
-
-        Args:
-            steps: where to stop, counted from the very first step.
-            measure: what to add to a record; default: nothing.
-            every: steps between two records, each of which is also saved.
-
-        Returns:
-            The history: records with ``step``, ``train_loss`` (mean since
-            the last record) and what ``measure`` returns.
-        """
-        losses = []
-        bar = tqdm(total=steps, initial=self.step, desc="Training")
-        self.model.train()
-        while self.step < steps:
-            losses.append(self.train_step())
-            bar.update()
-            if self.step % every == 0 or self.step == steps:
-                train_loss = sum(losses) / len(losses)
-                record = {"step": self.step, "train_loss": train_loss}
-                record |= measure(self.model)
-                text = json.dumps(record, default=float)
-                self.history.append(json.loads(text))  # plain numbers
-                self.save()
-                bar.set_postfix(loss=f"{train_loss:.3f}")
-                losses = []
-        bar.close()
-        return self.history
-
     def resume(self) -> bool:
         """Go on from the checkpoint in the folder, if there is one.
+
+        Weights, optimizers (with their rates), random numbers, step and history
+        are then those of the file. Nothing changes if there's an error.
 
         Returns:
             Whether there was a checkpoint.
 
         Raises:
-            ValueError: if the file there is not a trainer's checkpoint, or
-                one of other optimizers.
-            RuntimeError: if it holds a model of another shape.
+            OSError: if the file can't be read.
+            ValueError: if it is damaged or no checkpoint, or if it is of another
+                model, of other optimizers, or of more GPUs than there are.
         """
-        path = self.folder / "checkpoint.pt" if self.folder else None
-        if path is None or not path.exists():
+        if self.folder is None or not (self.folder / "checkpoint.pt").exists():
             return False
-        model, optimizers, rng, cuda_rng, *rest = self._read(path)
-        self.model.load_state_dict(model)
-        for optimizer, saved in zip(self.optimizers, optimizers):
+        path = self.folder / "checkpoint.pt"
+        state = read_checkpoint(path)
+        check_fit(path, state, self.model, self.optimizers)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        torch.set_rng_state(rng)
-        torch.cuda.set_rng_state_all(cuda_rng)
-        self.step, self.history = rest
+        torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.step = state["step"]
+        self.history = state["history"]
         return True
-
-    def _read(self, path: Path) -> list:
-        """What a checkpoint for these optimizers holds, in order."""
-        names = "model", "optimizers", "rng", "cuda_rng", "step", "history"
-        kinds = [type(optimizer).__name__ for optimizer in self.optimizers]
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            found, values = state["kinds"], [state[name] for name in names]
-        except Exception as error:  # damaged files break in many ways
-            name = type(error).__name__
-            wrong = f"is not a checkpoint of a Trainer ({name})"
-        else:
-            if found == kinds:
-                return values
-            wrong = f"is of a Trainer with {found}, not {kinds}"
-        hint = "delete it to start from the beginning"
-        raise ValueError(f"{path} {wrong}; {hint}")
-
-
-def cross_entropy(
-    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
-    """Mean cross-entropy in nats, smoothed and held in place as in t5x.
-
-    ``logits [b t v]`` and ``labels [b t]``, -100 where one does not count.
-    The other ids share ``label_smoothing``, and the entropy of such a
-    target is subtracted; ``z_loss`` (1e-4 in t5x) weighs log(Z) squared.
-    ValueError for shape or smoothing, IndexError or TypeError for a label.
-
-    Built in chapter 18, "Set up the training" (t5x, ``losses.py``).
-    """
-    if not 0 <= label_smoothing < 1 or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}, logits have shape "
-            f"{tuple(logits.shape)} and labels {tuple(labels.shape)}; pass "
-            "0 <= label_smoothing < 1, logits (b, t, v) and labels (b, t)"
-        )
-    real, v = labels != -100, logits.shape[-1]
-    labels = labels.masked_fill(~real, 0)
-    check_ids("label", labels, v)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    on, off = 1 - label_smoothing, label_smoothing / (v - 1)
-    entropy = -on * math.log(on) - (v - 1) * off * math.log(off + 1e-20)
-    log_z = logits.logsumexp(dim=-1)  # [b t]
-    own = logits.gather(-1, labels[..., None].long())[..., 0]
-    loss = log_z - (on - off) * own - off * logits.sum(dim=-1)
-    loss = loss - entropy + z_loss * log_z**2
-    return (loss * real).sum() / real.sum()

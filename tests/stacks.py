@@ -5,8 +5,16 @@ from hugging_face import SIZES, make_family
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from t5_book.config import StackConfig
+
 KINDS = ["relu", "gated-gelu"]
-SMALL = dict(dim=16, depth=2, heads=2, dim_head=4)
+
+
+def small(**options) -> StackConfig:
+    """The configuration of a small stack."""
+    sizes = dict(dim=16, depth=2, heads=2, dim_head=4, mlp_dim=64)
+    return StackConfig(**sizes | options)
+
 
 
 def make_umt5_pair():

@@ -1,8 +1,8 @@
-"""Masks and attention (chapter 6) against ``transformers`` and PyTorch."""
+"""Masks and attention against ``transformers`` and PyTorch."""
 
 import pytest
 import torch
-from hugging_face import LENGTHS, SIZES, difference, padding_masks
+from hugging_face import SIZES, difference, padding_masks
 from torch.nn import functional as F
 from transformers import T5Config as ReferenceConfig
 from transformers.models.t5.modeling_t5 import T5Attention
@@ -11,7 +11,9 @@ from t5_book.attention import MultiHeadAttention, attention_weights
 from t5_book.masks import causal_mask, expand_padding_mask
 
 DIM, HEADS, DIM_HEAD = SIZES["dim"], SIZES["heads"], SIZES["dim_head"]
-SHAPES = sorted({(b, n) for n in LENGTHS for b in (3, n, HEADS)})
+# A mask that broadcasts along the wrong axes fits by accident where the batch is
+# as large as the length or the number of heads.
+SHAPES = [(3, 1), (3, 40), (9, 9), (HEADS, 10), (3, 140)]
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -50,29 +52,22 @@ def assert_same(pair, x, context, mask=None, bias=None):
 def test_self_attention_agrees(pair, batch, length):
     x = torch.randn(batch, length, DIM)
     bias = torch.randn(1, HEADS, length, length)
-    mask = expand_padding_mask(padding_masks(batch, length))
-    assert_same(pair, x, x)
-    assert_same(pair, x, x, mask)
-    assert_same(pair, x, x, mask, bias)
-
-
-@pytest.mark.parametrize("batch, length", SHAPES)
-def test_causal_self_attention_agrees(pair, batch, length):
-    x = torch.randn(batch, length, DIM)
     padding = expand_padding_mask(padding_masks(batch, length))
     causal = causal_mask(length, length)
-    assert_same(pair, x, x, causal)
+    pairs = torch.rand(batch, length, length) < 0.5
     # Left padding and the future: the first rows may see nothing at all.
-    assert_same(pair, x, x, causal & padding)
+    for mask in (None, padding, causal, causal & padding, expand_padding_mask(pairs)):
+        assert_same(pair, x, x, mask)
+        assert_same(pair, x, x, mask, bias)
 
 
-@pytest.mark.parametrize("batch, length", SHAPES)
-@pytest.mark.parametrize("q_len", [1, 7])
-def test_cross_attention_agrees(pair, batch, length, q_len):
+@pytest.mark.parametrize("batch, q_len, k_len", [(3, 7, 40), (9, 7, 9), (HEADS, 1, 9)])
+def test_cross_attention_agrees(pair, batch, q_len, k_len):
     x = torch.randn(batch, q_len, DIM)
-    context = torch.randn(batch, length, DIM)
-    mask = expand_padding_mask(padding_masks(batch, length))
-    assert_same(pair, x, context, mask)
+    context = torch.randn(batch, k_len, DIM)
+    pairs = torch.rand(batch, q_len, k_len) < 0.5
+    for mask in (padding_masks(batch, k_len), pairs):
+        assert_same(pair, x, context, expand_padding_mask(mask))
 
 
 def test_agrees_with_pytorch_at_scale_one(pair):
@@ -81,16 +76,13 @@ def test_agrees_with_pytorch_at_scale_one(pair):
     mask = expand_padding_mask(padding_masks(3, 40))
     keys, values = ours.keys_values(context)
     queries = ours.split_heads(ours.q(x))
-    expected = F.scaled_dot_product_attention(
-        queries, keys, values, mask, scale=1.0
-    )
+    expected = F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0)
     expected = ours.o(expected.transpose(1, 2).flatten(2))
     assert difference(ours(x, (keys, values), mask), expected) <= 1e-5
 
 
-def test_agrees_with_loops(pair):
+def test_agrees_with_loops():
     """One number at a time, with nothing that could broadcast."""
-    ours, _ = pair
     q, k = torch.randn(2, HEADS, 5, 3), torch.randn(2, HEADS, 6, 3)
     mask, bias = padding_masks(2, 6), torch.randn(1, HEADS, 5, 6)
     weights = attention_weights(q, k, expand_padding_mask(mask), bias)
@@ -105,7 +97,7 @@ def test_agrees_with_loops(pair):
 
 
 @pytest.mark.parametrize("batch", [3, 9, HEADS])
-def test_padding_has_no_say(pair, batch):
+def test_padding_does_not_change_the_result(pair, batch):
     ours, _ = pair
     x, mask = torch.randn(batch, 9, DIM), padding_masks(batch, 9)
     out = ours(x, ours.keys_values(x), expand_padding_mask(mask))
@@ -129,15 +121,21 @@ def test_half_precision_is_rounded_only_once(dtype):
     k = torch.zeros(1, 1, 3000, 8, dtype=dtype)
     score = torch.randn(1, 1, 1, 3000).to(dtype)
     weights = attention_weights(q, k, bias=score)
-    expected = score.double().softmax(dim=-1).to(dtype)
+    exact, info = score.double().softmax(dim=-1), torch.finfo(dtype)
+    # Half a unit in the last place, and a little more: computed in float32,
+    # a number midway between two may round either way.
+    most = exact.clamp(min=info.smallest_normal) * info.eps / 2 * 1.001
     assert weights.dtype == dtype
-    assert torch.allclose(weights, expected, rtol=0, atol=1e-6)
+    assert ((weights - exact).abs() <= most).all()
 
 
-def test_a_row_without_any_key_is_finite():
-    q, k = torch.randn(2, 3, HEADS, 9, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_row_without_any_key_attends_evenly(dtype):
+    # Were the lowest number added, float16 would reach minus infinity.
+    bias = torch.linspace(-40, -20, 9, dtype=dtype)
+    q = torch.zeros(3, HEADS, 9, 8, dtype=dtype)
     nothing = torch.zeros(3, 1, 1, 9, dtype=torch.bool)
-    weights = attention_weights(q, k, nothing)
+    weights = attention_weights(q, q, nothing, bias)
     assert torch.allclose(weights, torch.full_like(weights, 1 / 9))
 
 
@@ -157,80 +155,59 @@ def test_weights_are_drawn_as_t5_draws_them():
 
 
 def test_dropout_falls_on_the_weights():
+    torch.manual_seed(0)
     attend = MultiHeadAttention(8, 1, 8, dropout=0.5)
     x = torch.randn(1, 400, 8)
-    for map_ in (attend.v, attend.o):
-        torch.nn.init.eye_(map_.weight)
-    one_hot = torch.full((1, 1, 400, 400), -1e4)
-    one_hot[0, 0].fill_diagonal_(1e4)  # every token attends to itself
-    out = attend(x, attend.keys_values(x), bias=one_hot)
+    for projection in (attend.v, attend.o):
+        torch.nn.init.eye_(projection.weight)
+    itself = torch.full((1, 1, 400, 400), -1e4)
+    itself[0, 0].fill_diagonal_(1e4)  # every token attends to itself
+    out = attend(x, attend.keys_values(x), bias=itself)
     dropped = (out == 0).all(dim=-1)
     assert torch.allclose(out, 2 * x * ~dropped[..., None])
     assert 120 < dropped.sum() < 280
-    assert torch.allclose(
-        attend.eval()(x, attend.keys_values(x), bias=one_hot), x
-    )
+    attend.eval()
+    assert torch.allclose(attend(x, attend.keys_values(x), bias=itself), x)
 
 
 # --- Masks ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch, length", SHAPES)
-def test_padding_mask_is_expanded(batch, length):
-    mask = padding_masks(batch, length)
+def test_masks_are_expanded():
+    mask = padding_masks(3, 40)
     expanded = expand_padding_mask(mask)
-    assert expanded.shape == (batch, 1, 1, length)
+    assert expanded.shape == (3, 1, 1, 40)
     assert torch.equal(expanded[:, 0, 0], mask)
+    pairs = torch.rand(3, 7, 40) < 0.5
+    expanded = expand_padding_mask(pairs)
+    assert expanded.shape == (3, 1, 7, 40)
+    assert torch.equal(expanded[:, 0], pairs)
 
 
-@pytest.mark.parametrize("batch, length", SHAPES)
-def test_a_mask_of_pairs_is_expanded(batch, length):
-    mask = torch.rand(batch, 7, length) < 0.5
-    expanded = expand_padding_mask(mask)
-    assert expanded.shape == (batch, 1, 7, length)
-    assert torch.equal(expanded[:, 0], mask)
+def test_causal_mask_by_loop():
+    for k_len in (1, 9, 40):
+        for q_len in {1, (k_len + 1) // 2, k_len}:
+            mask = causal_mask(q_len, k_len)
+            positions = range(k_len - q_len, k_len)  # the last ones
+            expected = [[k <= q for k in range(k_len)] for q in positions]
+            assert mask.dtype == torch.bool
+            assert mask.shape == (1, 1, q_len, k_len)
+            assert mask[0, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("batch, length", SHAPES)
-@pytest.mark.parametrize("q_len", [1, 7])
-def test_a_mask_of_pairs_agrees(pair, batch, length, q_len):
-    x = torch.randn(batch, q_len, DIM)
-    context = torch.randn(batch, length, DIM)
-    mask = torch.rand(batch, q_len, length) < 0.5
-    assert_same(pair, x, context, expand_padding_mask(mask))
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-def test_causal_mask_by_loop(length):
-    mask = causal_mask(length, length)
-    expected = [[k <= q for k in range(length)] for q in range(length)]
-    assert mask.dtype == torch.bool and mask.shape == (1, 1, length, length)
-    assert mask[0, 0].tolist() == expected
-
-
-@pytest.mark.parametrize("q_len", [1, 4, 9])
-def test_causal_queries_are_the_last_positions(q_len):
-    assert torch.equal(
-        causal_mask(q_len, 9), causal_mask(9, 9)[:, :, 9 - q_len :]
-    )
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.long, torch.int32, torch.uint8, torch.float32]
-)
-def test_a_mask_of_another_type_is_refused(dtype):
-    with pytest.raises(TypeError, match=f"{dtype}.*mask.bool"):
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.float32])
+def test_a_mask_of_another_dtype_is_refused(dtype):
+    with pytest.raises(TypeError, match=str(dtype)):
         expand_padding_mask(torch.ones(2, 5, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (2, 1, 1, 5)])
+@pytest.mark.parametrize("shape", [(5,), (2, 1, 1, 5)])
 def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError) as error:
         expand_padding_mask(torch.ones(shape, dtype=torch.bool))
-    assert f"shape {shape}" in str(error.value)
-    assert "(batch, length) or (batch, queries, keys)" in str(error.value)
+    assert str(shape) in str(error.value)
 
 
 def test_more_queries_than_keys_are_refused():
-    with pytest.raises(ValueError, match="4 queries .* last of 3 keys"):
+    with pytest.raises(ValueError, match="4.*3"):
         causal_mask(4, 3)

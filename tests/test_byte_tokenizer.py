@@ -1,4 +1,4 @@
-"""Tests of t5_book.byte_tokenizer (chapter 14)."""
+"""Tests of t5_book.byte_tokenizer, and of finding a released tokenizer."""
 
 import builtins
 import json
@@ -16,12 +16,10 @@ import torch
 from huggingface_hub import errors
 from transformers import ByT5Tokenizer
 
-from t5_book import byte_tokenizer
-from t5_book.byte_tokenizer import (
-    ByteTokenizer,
-    find_release,
-    load_tokenizer,
-)
+from t5_book import hub
+from t5_book.byte_tokenizer import ByteTokenizer
+from t5_book.hub import find_release
+from t5_book.pretrained import load_tokenizer
 from t5_book.span_corruption import (
     corrupt_spans,
     noise_counts,
@@ -155,10 +153,17 @@ def test_sentinels_are_those_of_span_corruption(tokenizer):
     assert restored[0][:raw] == ids[0].tolist()
 
 
+def test_eos(tokenizer):
+    for text in ("a", "</s>", "a <extra_id_3>", ""):
+        ids = tokenizer.encode(text)
+        assert tokenizer.encode(text, eos=False) == ids
+        assert tokenizer.encode(text, eos=True) == [*ids, 1]
+
+
 def test_fewer_sentinels():
     few = ByteTokenizer(extra_ids=2)
     assert few.encode("<extra_id_1>") == [257]
-    with pytest.raises(ValueError, match="sentinel 2 is out of range"):
+    with pytest.raises(ValueError, match="sentinel 2 .* 2"):
         few.encode("<extra_id_2>")
     assert few.decode([258, 256]) == "<extra_id_0>"  # 256: a byte, alone
     none = ByteTokenizer(extra_ids=0)
@@ -196,33 +201,32 @@ def test_broken_text(tokenizer):
 
 @pytest.mark.parametrize("extra_ids", [-1, 12, 100])
 def test_too_many_sentinels(extra_ids):
-    with pytest.raises(ValueError, match=f"extra_ids is {extra_ids}; pass 0"):
+    with pytest.raises(ValueError, match=f"extra_ids is {extra_ids}; .* 11"):
         ByteTokenizer(extra_ids=extra_ids)
 
 
 @pytest.mark.parametrize("text", [b"a", ["a"], None, 3])
 def test_encode_refuses(tokenizer, text):
-    with pytest.raises(TypeError, match="is no text; pass one str"):
+    with pytest.raises(TypeError, match="one str"):
         tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("text", ["<extra_id_11>", "\ud800"])
 def test_texts_that_have_no_ids(tokenizer, text):
-    with pytest.raises(ValueError, match="out of range|surrogates"):
+    with pytest.raises(ValueError, match="sentinel 11 .* 11|surrogate"):
         tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("method", ["decode", "pieces"])
 @pytest.mark.parametrize("wrong", [-1, 259, 383])
 def test_id_out_of_range(tokenizer, method, wrong):
-    message = f"id {wrong} is out of range: the ids are 0 to 258"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"id {wrong} .* 258"):
         getattr(tokenizer, method)([5, wrong])
 
 
 @pytest.mark.parametrize("ids", [[1.0], ["a"], torch.ones(2, 3).long()])
 def test_decode_refuses(tokenizer, ids):
-    with pytest.raises(TypeError, match="pass the ids of one text"):
+    with pytest.raises(TypeError, match="ids of one text"):
         tokenizer.decode(ids)
 
 
@@ -252,6 +256,15 @@ def test_a_vocabulary(tmp_path, extra_ids):
     assert loaded.vocab_size == 300 + (extra_ids or 100)
 
 
+def test_a_vocabulary_of_our_own(tmp_path):
+    """The file says how many sentinels it was saved with."""
+    Tokenizer.train(HELP[:400], 300, extra_ids=10).save(tmp_path / "spiece.model")
+    write_config(tmp_path, vocab_size=384)
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, Tokenizer)
+    assert loaded.vocab_size == 310 and loaded.sentinel(9) == 300
+
+
 def test_a_byt5_tokenizer_of_transformers(tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
@@ -270,7 +283,7 @@ def test_a_vocabulary_with_its_sentinels(tmp_path):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="no spiece.model, and is no ByT5"):
+    with pytest.raises(ValueError, match="spiece.model.*ByT5"):
         load_tokenizer(write_config(tmp_path, vocab_size=32128))
 
 
@@ -284,7 +297,7 @@ def test_what_is_here_is_found(tmp_path, kind):
 )
 def test_paths_that_lead_nowhere(path):
     name = re.escape(str(path))
-    with pytest.raises(FileNotFoundError, match=f"folder {name}$"):
+    with pytest.raises(FileNotFoundError, match=name):
         find_release(path)
 
 
@@ -302,20 +315,19 @@ def test_a_name_that_the_hub_does_not_know(monkeypatch):
         errors.RepositoryNotFoundError
     )
     fake_hub(monkeypatch, error)
-    with pytest.raises(FileNotFoundError, match="no such model on the hub"):
+    with pytest.raises(FileNotFoundError, match="google/t6.*hub"):
         find_release("google/t6", "config.json")
 
 
 def test_no_way_to_the_hub(monkeypatch):
     fake_hub(monkeypatch, errors.LocalEntryNotFoundError("no network"))
-    message = "no file or folder google/t5, and the hub cannot be reached"
-    with pytest.raises(ConnectionError, match=message):
+    with pytest.raises(ConnectionError, match="google/t5.*hub"):
         find_release("google/t5", "config.json")
 
 
 def test_offline_on_purpose(tmp_path):
     """The real library, told not to ask, in a process of its own."""
-    code = "from t5_book import find_release; find_release('google/t5')"
+    code = "from t5_book.hub import find_release; find_release('google/t5')"
     command = [sys.executable, "-c", code]
     places = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
@@ -355,5 +367,5 @@ def test_only_what_was_asked_for_is_fetched(monkeypatch, tmp_path):
 
 
 def test_the_package_needs_no_hub():
-    source = Path(byte_tokenizer.__file__).read_text("utf-8")
+    source = Path(hub.__file__).read_text("utf-8")
     assert not re.search("^(import|from) huggingface_hub", source, re.M)

@@ -1,4 +1,4 @@
-"""The encoder (chapter 9) against the encoder stack of ``transformers``."""
+"""The encoder against the encoder stack of ``transformers``."""
 
 import pytest
 import torch
@@ -11,22 +11,17 @@ from hugging_face import (
 )
 from stacks import (
     KINDS,
-    SMALL,
     long,
     make_umt5_pair,
     record_dropouts,
     set_dropout,
+    small,
     vectors,
     with_large_biases,
 )
 from torch import nn
 
-from t5_book.encoder import (
-    Encoder,
-    EncoderBlock,
-    check_sequence,
-    fit_padding_mask,
-)
+from t5_book.encoder import Encoder
 from t5_book.relative_position import RelativePositionBias
 
 
@@ -118,7 +113,7 @@ def dropouts(encoder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_place_drops_alone(kind):
-    encoder = Encoder(**SMALL | {"depth": 1}, feed_forward=kind)
+    encoder = Encoder(small(depth=1, feed_forward=kind))
     x = torch.randn(2, 5, 16)
     quiet = encoder(x)
     for part in dropouts(encoder).values():
@@ -134,7 +129,7 @@ def test_each_place_drops_alone(kind):
 
 
 def test_what_is_dropped_in_which_order():
-    encoder = Encoder(**SMALL | {"depth": 1}, dropout=0.1)
+    encoder = Encoder(small(depth=1, dropout=0.1))
     assert all(part.p == 0.1 for part in dropouts(encoder).values())
     calls = record_dropouts(dropouts(encoder))
     encoder(torch.randn(2, 5, 16))
@@ -151,65 +146,18 @@ def test_what_is_dropped_in_which_order():
 # --- Sizes, gradients, compilation ----------------------------------------
 
 
-def test_mlp_mult_may_be_a_fraction():
-    block = EncoderBlock(768, 2, 4, mlp_mult=8 / 3)
-    assert block.feed_forward.wi.out_features == 2048
-
-
 def test_the_sizes_of_the_bias_reach_it():
-    stack = Encoder(**SMALL, num_buckets=8, max_distance=16)
+    stack = Encoder(small(num_buckets=8, max_distance=16))
     bias = RelativePositionBias(2, 8, 16)
     bias.load_state_dict(stack.biases[0].state_dict())
     assert torch.equal(stack.biases[0](40, 40), bias(40, 40))
 
 
 def test_every_weight_gets_a_gradient():
-    encoder = Encoder(**SMALL, bias_per_layer=True)
+    encoder = Encoder(small(bias_per_layer=True))
     encoder(torch.randn(2, 5, 16)).square().sum().backward()
     for name, weight in encoder.named_parameters():
         assert weight.grad is not None and weight.grad.any(), name
-
-
-# --- Errors ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 6), (1, 5), (3, 5), (2, 5, 1), (2, 1, 5), (3, 5, 5), (2, 5, 6)],
-)
-def test_a_mask_of_another_shape_is_refused(shape):
-    encoder = Encoder(**SMALL)
-    with pytest.raises(ValueError) as error:
-        encoder(torch.randn(2, 5, 16), torch.ones(shape).bool())
-    assert f"source mask has shape {shape}" in str(error.value)
-    assert "the source has shape (2, 5)" in str(error.value)
-    assert "5 queries and 5 tokens" in str(error.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.float])
-def test_a_mask_of_another_type_is_refused(dtype):
-    encoder = Encoder(**SMALL)
-    with pytest.raises(TypeError, match=f"{dtype}.*mask.bool"):
-        encoder(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=dtype))
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 17), (5, 16), (2, 0, 16)])
-def test_a_sequence_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError) as error:
-        Encoder(**SMALL)(torch.zeros(shape))
-    assert f"source has shape {shape}" in str(error.value)
-    assert "(batch, length, 16)" in str(error.value)
-
-
-def test_checks_call_the_sequence_by_its_name():
-    with pytest.raises(ValueError, match="^memory has shape"):
-        check_sequence("memory", torch.zeros(2, 5), 16)
-    with pytest.raises(ValueError, match="^target mask has shape"):
-        fit_padding_mask("target", torch.ones(2, 6).bool(), (2, 5), 5)
-
-
-def test_no_mask_stays_none():
-    assert fit_padding_mask("source", None, (2, 5), 5) is None
 
 
 # --- Masks of pairs --------------------------------------------------------
@@ -227,7 +175,7 @@ def test_padding_may_be_told_pair_by_pair(batch, length):
 
 def test_each_query_has_a_row_of_its_own():
     """Query 2 alone is blind to token 4, and only in example 1."""
-    encoder = Encoder(**SMALL | {"depth": 1}).eval()
+    encoder = Encoder(small(depth=1)).eval()
     pairs = torch.ones(3, 5, 5).bool()
     pairs[1, 2, 4] = False
     x = torch.randn(3, 5, 16)

@@ -1,6 +1,6 @@
 """The whole model against ``transformers``: five families, two precisions.
 
-``python tools/exactness.py`` prints the largest differences.
+``python benchmarks/exactness.py`` prints the largest differences.
 """
 
 import pytest
@@ -22,6 +22,8 @@ from hugging_face import (
 from torch.nn.utils import get_total_norm
 
 from t5_book.t5 import T5
+
+pytestmark = pytest.mark.rounding
 
 DIFFERENT = [(1, 9), (9, 1), (10, 40), (40, 10), (40, 140), (140, 9)]
 

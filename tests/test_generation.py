@@ -1,4 +1,4 @@
-"""Greedy and sampled generation (chapter 12) against ``transformers``."""
+"""Greedy and sampled generation against ``transformers``."""
 
 from io import StringIO
 
@@ -24,8 +24,10 @@ from writers import (
     write_with_reference,
 )
 
+from t5_book.byte_tokenizer import ByteTokenizer
+from t5_book.decoder import DecoderCache
 from t5_book.generation import (
-    TargetReader,
+    DecodingState,
     WordStreamer,
     filter_logits,
     first_target,
@@ -35,13 +37,16 @@ from t5_book.inference import evaluating
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.rounding
+
 TINY = dict(
     dim=16, enc_num_tokens=32, enc_depth=1, enc_heads=2, enc_dim_head=4,
     enc_mlp_mult=2, dec_num_tokens=32, dec_depth=1, dec_heads=2,
     dec_dim_head=4, dec_mlp_mult=2,
 )  # fmt: skip
-KNOBS = [
+SAMPLING = [
     {},
+    {"top_k": 0, "top_p": 1.0},
     {"temperature": 1.7},
     {"top_k": 3},
     {"top_p": 0.7},
@@ -93,16 +98,16 @@ def test_greedy_agrees_without_a_mask(pair):
     assert_same(pair, sources()[0], max_new_tokens=14)
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
-def test_draws_agree_token_for_token(pair, knobs):
-    options = dict(max_new_tokens=10, do_sample=True) | knobs
-    drawn = assert_same(pair, *sources(), **options)
-    assert not torch.equal(drawn, generate(pair[0], *sources()))
+@pytest.mark.parametrize("settings", SAMPLING, ids=str)
+def test_samples_agree_token_for_token(pair, settings):
+    options = dict(max_new_tokens=10, do_sample=True) | settings
+    sampled = assert_same(pair, *sources(), **options)
+    assert not torch.equal(sampled, generate(pair[0], *sources()))
 
 
-@pytest.mark.parametrize("knobs", [{}, SHARP])
-def test_the_least_length_agrees(pair, knobs):
-    options = dict(max_new_tokens=14) | knobs
+@pytest.mark.parametrize("settings", [{}, SHARP])
+def test_the_least_length_agrees(pair, settings):
+    options = dict(max_new_tokens=14) | settings
     torch.manual_seed(5)
     free = generate(pair[0], *sources(), **options)
     eos = pair[0].config.eos_id
@@ -121,7 +126,7 @@ def test_a_prefix_agrees(pair, p, least):
     assert p + least < min(ends) <= p + 10
 
 
-def test_draws_after_a_prefix_agree(pair):
+def test_samples_after_a_prefix_agree(pair):
     options = dict(do_sample=True, top_k=5, max_new_tokens=9)
     assert_same(pair, *sources(), prefix=PREFIX, **options)
 
@@ -157,19 +162,23 @@ def test_what_has_just_enough_is_kept_and_no_more():
 # --- The cache ------------------------------------------------------------
 
 
-def test_cached_equals_uncached_beyond_128_tokens(pair):
-    """In pieces of 1, 1, 1, 97 and 24 tokens, then token by token."""
+def test_cached_equals_uncached_beyond_the_last_bucket(pair):
+    """In pieces of 1, 1, 1, 97 and 10 tokens, then token by token.
+
+    From a distance of 113 on, all share a bucket.
+    """
     src, mask = sources(3, 20)
-    tgt = sources(3, 150, seed=2)[0]
-    slow, fast = [
-        TargetReader(pair[0], src, mask, c) for c in (False, True)
-    ]
+    tgt = sources(3, 130, seed=2)[0]
     with torch.no_grad():
-        for t in (1, 2, 3, 100, *range(124, 151)):
+        memory = pair[0].encode(src, mask)
+        slow = DecodingState(pair[0], memory, mask, use_cache=False)
+        fast = DecodingState(pair[0], memory, mask)
+        for t in (1, 2, 3, 100, *range(110, 131)):
             last = fast.next_logits(tgt[:, :t])
-            if t in (1, 100, 124, 127, 128, 129, 130, 150):
+            if t in (1, 100, 110, 113, 114, 115, 128, 129, 130):
                 whole = slow.next_logits(tgt[:, :t])
-                assert difference(last, whole) <= 1e-4
+                assert difference(last, whole) <= 1e-6
+    assert slow.cache is None and fast.cache.length == 130
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -215,25 +224,20 @@ def test_each_key_is_projected_once_and_the_prefix_in_one_piece(p):
     assert read["cross_attention"] == [6]
 
 
-def test_copies_stand_below_their_source(model):
-    src, mask = sources(3)
-    tgt = sources(6, 4, seed=2)[0]
-    with torch.no_grad():
-        twice = TargetReader(model, src, mask, copies=2).next_logits(tgt)
-        for row in range(6):
-            one = slice(row // 2, row // 2 + 1)
-            alone = TargetReader(model, src[one], mask[one])
-            logits = alone.next_logits(tgt[row : row + 1])
-            assert difference(twice[row], logits[0]) <= 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_logits_are_float32(dtype):
-    model = T5(**TINY).to(dtype).eval()
-    reader = TargetReader(model, torch.tensor([[3, 4]]))
-    logits = reader.next_logits(torch.tensor([[0]]))
-    assert logits.shape == (1, 32) and logits.dtype == torch.float32
-    assert generate(model, torch.tensor([[3, 4]])).dtype == torch.int64
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_logits_are_float32_at_least(dtype, expected):
+    model, src = T5(**TINY).to(dtype).eval(), torch.tensor([[3, 4]])
+    state = DecodingState(model, model.encode(src))
+    logits = state.next_logits(torch.tensor([[0]]))
+    assert logits.shape == (1, 32) and logits.dtype == expected
+    assert generate(model, src).dtype == torch.int64
 
 
 # --- The loop -------------------------------------------------------------
@@ -256,25 +260,35 @@ def test_rows_that_are_done_are_padded(model):
         assert set(row[end:]) <= {3}
 
 
-class Scripted(nn.Module):
-    """Writes given rows, whatever it reads; stands in for a decoder."""
+class Script(nn.Module):
+    """Stands in for a decoder: writes given rows, whatever it reads."""
 
     def __init__(self, rows):
         super().__init__()
-        self.rows, self.read = torch.tensor(rows), []
+        self.rows, self.read, self.graph = torch.tensor(rows), [], False
 
-    def decode(self, tgt, memory, mask=None, cache=None):
-        self.read.append(tgt.tolist())
-        self.graph = torch.is_grad_enabled() or memory.requires_grad
-        step = self.rows[:, len(self.read) - 1 : len(self.read)]
-        return nn.functional.one_hot(step, 32).float()
+    def note(self, embedding, inputs):
+        """Keep the ids that are embedded for it, call by call."""
+        self.read.append(inputs[0].tolist())
+
+    def new_cache(self, memory, src_mask):
+        self.graph |= memory.requires_grad
+        return DecoderCache([], None)
+
+    def forward(self, x, memory=None, src_mask=None, cache=None):
+        self.graph |= torch.is_grad_enabled()
+        if cache is not None:
+            cache.length += x.shape[1]
+        step = self.rows[:, len(self.read) - 1]  # [b]
+        return nn.functional.one_hot(step, 32)[:, None].float()  # [b 1 v]
 
 
 def scripted(rows, **config):
     """A T5 whose decoder follows a script, and a source for each row."""
-    model = T5(**TINY | config)
-    script = Scripted(rows)
-    model.decode = script.decode
+    model = T5(**TINY | config, tie_token_emb=False)
+    model.decoder = script = Script(rows)
+    model.dec_emb.register_forward_pre_hook(script.note)
+    model.logits = lambda x: x
     return model, script, torch.full((len(rows), 4), 7)
 
 
@@ -297,6 +311,7 @@ def test_it_reads_the_prefix_behind_the_start_token():
     prefix = torch.tensor([[3, 1, 4]], dtype=torch.int32)
     written = generate(model, src, prefix=prefix)
     assert script.read[0] == [[9, 3, 1, 4]]
+    # The 1 in the prefix is eos, and ends nothing there.
     assert written.tolist() == [[3, 1, 4, 5, 1]]
 
 
@@ -313,15 +328,6 @@ def test_it_stops_at_max_new_tokens(n):
     assert written.tolist() == [[5] * n]
 
 
-def test_the_method_is_the_function(model):
-    src, mask = sources()
-    options = dict(max_new_tokens=5, do_sample=True, temperature=2.0)
-    torch.manual_seed(0)
-    expected = generate(model, src, mask, **options)
-    torch.manual_seed(0)
-    assert torch.equal(model.generate(src, mask, **options), expected)
-
-
 def test_a_generator_of_your_own(model):
     state = torch.get_rng_state()
     first, same, other = [
@@ -334,6 +340,31 @@ def test_a_generator_of_your_own(model):
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}])
+def test_a_seed_gives_the_same_tokens_in_float32_and_float64(model, options):
+    written = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(3)
+        other = with_ids(model).to(dtype)
+        written.append(generate(other, *sources(), do_sample=True, **options))
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize(
+    "option", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}], ids=str
+)
+def test_each_setting_turned_down_is_greedy(pair, option):
+    greedy = generate(pair[0], *sources())
+    sampled = generate(pair[0], *sources(), do_sample=True, **option)
+    assert torch.equal(sampled, greedy)
+
+
+def test_settings_that_change_nothing_are_accepted_when_greedy(model):
+    neutral = dict(temperature=1, top_k=0, top_p=1, generator=None)
+    greedy = generate(model, *sources())
+    assert torch.equal(generate(model, *sources(), **neutral), greedy)
 
 
 def test_dropout_is_off_and_nothing_is_left_behind():
@@ -418,22 +449,76 @@ TEXTS = [
 ]
 
 
+def pieces(streamer, ids, capsys):
+    """What a streamer prints after each token, and at the end."""
+    printed = []
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+        printed.append(capsys.readouterr().out)
+    streamer.end()
+    return [*printed, capsys.readouterr().out]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_words_are_printed_as_the_reference_prints_them(
     tokenizer, text, capsys
 ):
     ids = [0, *tokenizer.encode(text), 1]
-    prints = []
-    for streamer in (WordStreamer(tokenizer), TextStreamer(tokenizer)):
-        pieces = []
-        for token in ids:
-            streamer.put(torch.tensor([token]))
-            pieces.append(capsys.readouterr().out)
-        streamer.end()
-        prints.append([*pieces, capsys.readouterr().out])
-    assert prints[0] == prints[1]
-    assert "".join(prints[0]) == tokenizer.decode(ids) + "\n"
-    assert all(piece[-1:] in ("", " ") for piece in prints[0][:-1])
+    ours = pieces(WordStreamer(tokenizer), ids, capsys)
+    assert ours == pieces(TextStreamer(tokenizer), ids, capsys)
+    assert "".join(ours) == tokenizer.decode(ids) + "\n"
+    assert all(piece[-1:] in ("", " ") for piece in ours[:-1])
+
+
+@pytest.mark.parametrize("text", ["你好 the 猫", "a 狗", "two\nlines\n猫"])
+def test_chinese_is_printed_as_the_reference_prints_it(text, capsys):
+    """Each of these characters is three tokens."""
+    tokenizer = ByteTokenizer()
+    ids = [0, *tokenizer.encode(text), 1]
+    ours = pieces(WordStreamer(tokenizer), ids, capsys)
+    theirs = pieces(TextStreamer(tokenizer), ids, capsys)
+    assert ours == theirs and "".join(ours) == text + "\n"
+
+
+class Bytes:
+    """A tokenizer that shows half a character as U+FFFD."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "text, lengths",
+    [
+        ("猫は、ネコ。", [1, 2, 3, 4, 5, 6]),
+        ("แมว", [1, 2, 3]),
+        ("고양이 잔다", [4]),  # Korean has spaces
+        ("x" * 39, []),
+        ("x" * 100, [40, 80]),
+        ("\N{GREEK SMALL LETTER ALPHA}" * 50 + " a b", [40, 51, 53]),
+        ("two\nlines", [4]),
+    ],
+)
+def test_text_without_spaces_is_printed_in_time(text, lengths):
+    file = StringIO()
+    streamer, seen = WordStreamer(Bytes(), file), [""]
+    for byte in text.encode():
+        streamer.put(torch.tensor([byte]))
+        if file.getvalue() != seen[-1]:
+            seen.append(file.getvalue())
+    assert [len(part) for part in seen[1:]] == lengths
+    assert all(text.startswith(part) for part in seen)
+    streamer.end()
+    assert file.getvalue() == text + "\n"
+
+
+def test_what_never_becomes_a_character_is_printed_at_the_end():
+    file = StringIO()
+    streamer = WordStreamer(Bytes(), file)
+    streamer.put(torch.tensor([104, 105, 32, 0xE7, 0x8C]))
+    assert file.getvalue() == "hi "
+    streamer.end()
+    assert file.getvalue() == "hi \ufffd\n"
 
 
 def test_a_streamer_prints_each_text_anew(tokenizer):
@@ -476,58 +561,51 @@ def test_what_is_printed_is_what_is_written(tokenizer, kind, capsys):
 
 
 ERRORS = [
-    (dict(max_new_tokens=0), "max_new_tokens is 0; pass >= 1"),
-    (dict(max_new_tokens=-3), "max_new_tokens is -3; pass >= 1"),
-    (dict(min_new_tokens=-1), "min_new_tokens is -1; pass 0 to 64"),
-    (
-        dict(max_new_tokens=5, min_new_tokens=6),
-        "min_new_tokens is 6; pass 0 to 5",
-    ),
-    (dict(do_sample=True, temperature=0.0), "temperature is 0.0; pass > 0"),
+    (dict(max_new_tokens=0), "max_new_tokens is 0"),
+    (dict(max_new_tokens=-3), "max_new_tokens is -3"),
+    (dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
+    (dict(min_new_tokens=-1), "min_new_tokens is -1"),
+    (dict(max_new_tokens=5, min_new_tokens=6), "min_new_tokens is 6 .* 5"),
+    (dict(min_new_tokens=65), "min_new_tokens is 65 .* 64"),
+    (dict(do_sample=True, temperature=0.0), "temperature is 0.0"),
+    (dict(do_sample=True, temperature=1e-38), "temperature is 1e-38"),
     (dict(do_sample=True, temperature=float("nan")), "temperature is nan"),
-    (
-        dict(do_sample=True, temperature=-1.0),
-        "temperature is -1.0; pass > 0",
-    ),
-    (dict(do_sample=True, top_k=0), "top_k is 0; pass >= 1, or None"),
-    (dict(do_sample=True, top_p=0.0), "top_p is 0.0; pass > 0 and <= 1"),
-    (dict(do_sample=True, top_p=1.1), "top_p is 1.1; pass > 0 and <= 1"),
-    (
-        dict(temperature=0.5),
-        "top_k, top_p and generator need do_sample=True",
-    ),
-    (dict(top_k=5), "top_k, top_p and generator need do_sample=True"),
-    (dict(top_p=0.5), "top_k, top_p and generator need do_sample=True"),
-    (dict(generator=torch.Generator()), "generator need do_sample=True"),
-    (
-        dict(prefix=torch.ones(3, 2).long()),
-        "prefix has 3 rows for 2 sources; pass one for each",
-    ),
-    (dict(prefix=torch.ones(2).long()), r"prefix ids have shape \(2,\)"),
-    (
-        dict(prefix=torch.ones(2, 0).long()),
-        r"prefix ids have shape \(2, 0\)",
-    ),
+    (dict(do_sample=True, temperature=float("inf")), "temperature is inf"),
+    (dict(do_sample=True, temperature=-1.0), "temperature is -1.0"),
+    (dict(do_sample=True, top_k=-1), "top_k is -1"),
+    (dict(do_sample=True, top_p=0.0), "top_p is 0.0"),
+    (dict(do_sample=True, top_p=1.1), "top_p is 1.1"),
+    (dict(temperature=0.5), "temperature.* do_sample=True"),
+    (dict(top_k=5), "top_k.* do_sample=True"),
+    (dict(top_p=0.5), "top_p.* do_sample=True"),
+    (dict(generator=torch.Generator()), "generator.* do_sample=True"),
+    (dict(prefix=torch.ones(3, 2).long()), "prefix .*3 .*2 "),
+    (dict(prefix=torch.ones(2).long()), r"prefix .*\(2,\)"),
+    (dict(prefix=torch.ones(2, 0).long()), r"prefix .*\(2, 0\)"),
+    (dict(mask=torch.ones(2, 4, 4).bool()), "mask has 3"),
+    (dict(mask=torch.ones(2, 5).bool()), r"mask .*\(2, 5\)"),
 ]
 
 
-@pytest.mark.parametrize("options, message", ERRORS, ids=" ".join)
-def test_what_cannot_be(options, message):
+@pytest.mark.parametrize(
+    "options, message", ERRORS, ids=[message for _, message in ERRORS]
+)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_cannot_be(options, message, use_cache):
     with pytest.raises(ValueError, match=message):
-        generate(T5(**TINY), torch.full((2, 4), 5), **options)
+        src = torch.full((2, 4), 5)
+        generate(T5(**TINY), src, use_cache=use_cache, **options)
 
 
 def test_a_prefix_that_is_not_of_ids():
     src = torch.full((1, 4), 5)
-    with pytest.raises(TypeError, match="prefix ids are torch.float32"):
+    with pytest.raises(TypeError, match="prefix .*float32"):
         generate(T5(**TINY), src, prefix=torch.ones(1, 2))
-    with pytest.raises(IndexError, match="prefix ids run from 2 to 32"):
+    with pytest.raises(IndexError, match="prefix .*2 to 32"):
         first_target(T5(**TINY), src, torch.tensor([[2, 32]]))
 
 
 def test_a_word_streamer_prints_one_text(tokenizer):
     streamer = WordStreamer(tokenizer)
-    with pytest.raises(
-        ValueError, match="2 texts; a WordStreamer prints one"
-    ):
+    with pytest.raises(ValueError, match="2 texts"):
         generate(T5(**TINY), torch.full((2, 4), 5), streamer=streamer)

@@ -1,19 +1,22 @@
-"""Chapter 17: Adafactor, Muon, parameter groups, and the schedule."""
+"""Adafactor, Muon, parameter groups, and the schedules."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from test_training import small_t5
 
+from t5_book import T5
 from t5_book.optimizers import (
     Adafactor,
     Muon,
     adafactor,
-    linear_schedule,
     muon_adamw,
     orthogonalize,
 )
 from t5_book.relative_position import RelativePositionBias
+from t5_book.schedules import inverse_sqrt_schedule
 
 # --- Adafactor ------------------------------------------------------------
 
@@ -174,10 +177,11 @@ def test_the_rate_before_the_ten_thousandth_step_is_one_percent():
     assert group["lr"] * group["warmup"] ** -0.5 == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adafactor_goes_on_exactly_from_its_saved_state(tmp_path, dtype):
+@pytest.mark.parametrize("make", [partial(Adafactor, lr=0.3, warmup=2), Muon])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_run_goes_on_exactly_from_its_saved_state(tmp_path, make, dtype):
     torch.manual_seed(0)
-    starts = [torch.randn(130, 140), torch.randn(5, 140), torch.randn(140)]
+    starts = [torch.randn(130, 140), torch.randn(5, 140), torch.randn(140, 3)]
     grads = [[torch.randn_like(p) for p in starts] for _ in range(6)]
 
     def train(params, optimizer, grads):
@@ -187,16 +191,66 @@ def test_adafactor_goes_on_exactly_from_its_saved_state(tmp_path, dtype):
             optimizer.step()
 
     straight = [torch.nn.Parameter(p.to(dtype)) for p in starts]
-    optimizer = Adafactor(straight, lr=0.3, warmup=2)
+    optimizer = make(straight)
     train(straight, optimizer, grads[:3])
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in straight]
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     train(straight, optimizer, grads[3:])
-    other = Adafactor(resumed)
+    other = type(optimizer)(resumed)  # its options come from the file
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
     train(resumed, other, grads[3:])
     for a, b in zip(straight, resumed):
         assert torch.equal(a, b)
+        for name, value in optimizer.state[a].items():
+            assert (torch.as_tensor(other.state[b][name]) == value).all()
+
+
+def test_what_is_loaded_is_a_copy():
+    one, two = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    first, second = Muon([one]), Muon([two])
+    one.grad = two.grad = torch.eye(4)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert not torch.equal(first.state[one]["mean"], second.state[two]["mean"])
+
+
+@pytest.mark.parametrize(
+    "weights, means",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("make", [Adafactor, Muon])
+def test_means_are_float32_at_least(make, weights, means):
+    p = torch.nn.Parameter(torch.ones(130, 140, dtype=weights))
+    p.grad, optimizer = torch.ones_like(p), make([p])
+    optimizer.step()
+    assert p.dtype == weights
+    kept = [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
+    assert kept and all(mean.dtype == means for mean in kept)
+
+
+@pytest.mark.parametrize("shape", [(6,), (130, 140)])
+def test_adafactor_follows_half_precision_gradients_as_t5x_does(shape):
+    """t5x: gradient and state in float32, the new weights rounded once."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(shape).bfloat16())
+    reference, optimizer = Reference(p.detach()), Adafactor([p], lr=0.02)
+    for n in range(200):
+        reference.p = p.detach().double().numpy().copy()
+        p.grad = (torch.randn(shape) * (10 if n < 50 else 1)).bfloat16()
+        optimizer.step()
+        reference.update(p.grad, 0.02)
+        new = torch.from_numpy(reference.p)
+        rounded = new.bfloat16().double()
+        # Where the exact result lies half way, either neighbour will do.
+        off = (p.detach().double() - rounded).abs() > 1e-2 * new.abs()
+        assert not off.any()
+        assert (p.detach().double() != rounded).double().mean() < 0.01
 
 
 @pytest.mark.parametrize("warmup", [0, -3])
@@ -205,7 +259,23 @@ def test_a_warmup_of_no_steps_is_an_error(warmup):
         adafactor(torch.nn.Linear(2, 2), warmup=warmup)
 
 
-# --- Groups, Muon, the short schedule -------------------------------------
+@pytest.mark.parametrize("make", [Adafactor, Muon])
+def test_a_closure_is_called_first_and_its_loss_returned(make):
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = make([p], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses[0] == 12 and losses == sorted(losses, reverse=True)
+    assert p.requires_grad and optimizer.step() is None
+
+
+# --- Groups, Muon, the schedules ------------------------------------------
 
 
 def test_every_weight_is_trained_once_and_tables_apart():
@@ -229,9 +299,83 @@ def test_frozen_weights_stay_out_of_the_optimizers():
     model = small_t5()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("biases" not in name)
-    assert muon_adamw(model)[1].param_groups[1]["params"] == []
+    muon, adamw = muon_adamw(model)
+    assert adamw.param_groups[1]["params"] == []
     trained = adafactor(model)[0].param_groups[0]["params"]
     assert all(parameter.requires_grad for parameter in trained)
+
+
+@pytest.mark.parametrize("trained, kinds", [
+    ("enc_emb", ["AdamW"]),
+    ("biases", ["AdamW"]),
+    ("norm", ["AdamW"]),
+    ("attention", ["Muon", "AdamW"]),  # AdamW for its norm
+    ("attention.q", ["Muon"]),
+])
+def test_an_optimizer_without_parameters_is_left_out(trained, kinds):
+    model = small_t5()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    optimizers = muon_adamw(model)
+    assert [type(optimizer).__name__ for optimizer in optimizers] == kinds
+    groups = [group for o in optimizers for group in o.param_groups]
+    found = {id(p) for group in groups for p in group["params"]}
+    assert found == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_model_that_is_frozen_whole_is_an_error():
+    with pytest.raises(ValueError, match="no parameter"):
+        muon_adamw(small_t5().requires_grad_(False))
+
+
+@pytest.mark.parametrize("extra", [
+    {},
+    {"feed_forward": "gated-gelu", "tie_head": False},
+    {"bias_per_layer": True, "tie_token_emb": True},
+])
+def test_the_groups_of_a_t5_by_name(extra):
+    torch.manual_seed(0)
+    sides = {
+        f"{side}_{key}": value
+        for side in ("enc", "dec")
+        for key, value in dict(
+            num_tokens=16, depth=2, heads=2, dim_head=8, mlp_mult=2
+        ).items()
+    }
+    model = T5(dim=16, **sides | extra)
+    muon, adamw = muon_adamw(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, others, tables = [
+        [names[id(p)] for p in group["params"]]
+        for group in (*muon.param_groups, *adamw.param_groups)
+    ]
+    every = list(names.values())
+    assert tables == [name for name in every if ".biases." in name]
+    assert matrices == [
+        name for name in every if ".blocks." in name and "norm" not in name
+    ]
+    assert others == [n for n in every if n not in tables + matrices]
+
+
+def test_types_and_not_names_decide():
+    """Blocks elsewhere than in a stack; a linear layer's bias is no matrix."""
+    block, table = small_t5().encoder.blocks[0], RelativePositionBias(2)
+    block.feed_forward.wi = torch.nn.Linear(16, 32)
+    model = torch.nn.ModuleDict({"layer": block, "where": table})
+    muon, adamw = muon_adamw(model)
+    others, tables = [group["params"] for group in adamw.param_groups]
+    assert len(muon.param_groups[0]["params"]) == 6
+    assert tables == [table.table.weight]
+    assert {id(p) for p in others} == {
+        id(block.feed_forward.wi.bias),
+        id(block.attention_norm.weight),
+        id(block.feed_forward_norm.weight),
+    }
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"\(3, 4, 5\).*matrices"):
+        Muon([torch.nn.Parameter(torch.ones(3, 4, 5))])
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (3, 6, 4)])
@@ -263,18 +407,16 @@ def test_muon_steps_as_torch_does(shape):
     assert (ours - theirs).abs().max() < 0.05 * moved
 
 
-def test_the_schedule_climbs_and_falls_to_zero():
-    factor = linear_schedule(steps=10, warmup=4)
-    values = [factor(step) for step in range(12)]
-    assert values[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert values[3:11] == sorted(values[3:11], reverse=True)
-    assert values[10:] == [0, 0]
-
-
-@pytest.mark.parametrize("warmup", [0, 10, 11])
-def test_a_warmup_outside_the_training_is_an_error(warmup):
-    with pytest.raises(ValueError, match=f"warmup is {warmup} .* 10 steps"):
-        linear_schedule(steps=10, warmup=warmup)
+@pytest.mark.parametrize("warmup", [1, 5, 10_000])
+def test_the_papers_schedule_is_that_of_adafactor(warmup):
+    factor = inverse_sqrt_schedule(warmup)
+    for n in (0, 1, 4, 5, 6, 9_999, 10_000, 40_000, 10**6):
+        rate = warmup**-0.5 * factor(n)
+        assert rate == pytest.approx(max(n, warmup) ** -0.5, rel=1e-12)
+    assert factor(0) == factor(warmup) == 1
+    assert inverse_sqrt_schedule()(40_000) == 0.5
+    with pytest.raises(ValueError, match="warmup is 0"):
+        inverse_sqrt_schedule(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,8 +1,8 @@
-"""Relative position bias (chapter 7) against ``transformers``."""
+"""Relative position bias against ``transformers`` and whole numbers."""
 
 import pytest
 import torch
-from hugging_face import LENGTHS, SIZES, difference, padding_masks
+from hugging_face import SIZES, difference, padding_masks
 from transformers import T5Config as ReferenceConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -16,7 +16,6 @@ from t5_book.relative_position import (
 )
 
 DIM, HEADS, DIM_HEAD = SIZES["dim"], SIZES["heads"], SIZES["dim_head"]
-SHAPES = sorted({(b, n) for n in LENGTHS for b in (3, n, HEADS)})
 SETTINGS = [(32, 128), (16, 64), (32, 20), (8, 128), (20, 100), (64, 512)]
 BOTH_WAYS = pytest.mark.parametrize("bidirectional", [True, False])
 
@@ -34,26 +33,21 @@ def make_pair(bidirectional, num_buckets=32, max_distance=128):
         relative_attention_max_distance=max_distance,
     )
     config._attn_implementation = "eager"
-    reference = T5Attention(config, has_relative_attention_bias=True)
+    reference = T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
     reference.relative_attention_bias.weight.data.normal_()
-    ours = RelativePositionBias(
-        HEADS, num_buckets, max_distance, bidirectional
-    )
-    ours.table.load_state_dict(
-        reference.relative_attention_bias.state_dict()
-    )
+    ours = RelativePositionBias(HEADS, num_buckets, max_distance, bidirectional)
+    ours.table.load_state_dict(reference.relative_attention_bias.state_dict())
     return ours, reference.eval()
 
 
-def exact_bucket(distance, num_buckets, max_distance):
+def exact_bucket(distance, side_buckets, max_distance):
     """The bucket of a distance in whole numbers, which are not rounded."""
-    exact = num_buckets // 2
-    far = num_buckets - exact
+    exact = side_buckets // 2
+    far = side_buckets - exact
     if distance < exact:
         return distance
     fits = [
-        distance**far * exact**j >= max_distance**j * exact**far
-        for j in range(far)
+        distance**far * exact**j >= max_distance**j * exact**far for j in range(far)
     ]
     return exact - 1 + sum(fits)
 
@@ -62,25 +56,21 @@ def exact_bucket(distance, num_buckets, max_distance):
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("num_buckets, max_distance", SETTINGS)
-def test_buckets_agree_with_transformers(
-    bidirectional, num_buckets, max_distance
-):
-    setting = bidirectional, num_buckets, max_distance
+def test_buckets_agree_with_transformers(bidirectional):
     relative = torch.arange(-1200, 1201)
-    assert torch.equal(
-        relative_position_bucket(relative, *setting),
-        T5Attention._relative_position_bucket(relative, *setting),
-    )
+    for setting in SETTINGS:
+        ours = relative_position_bucket(relative, bidirectional, *setting)
+        theirs = T5Attention._relative_position_bucket
+        assert torch.equal(ours, theirs(relative, bidirectional, *setting)), setting
 
 
-@pytest.mark.parametrize("num_buckets", [2, 3, 5, 8, 16, 20, 32, 64])
 @pytest.mark.parametrize("max_distance", [40, 64, 100, 128, 256, 512])
-def test_buckets_equal_integer_arithmetic(num_buckets, max_distance):
+def test_buckets_equal_integer_arithmetic(max_distance):
     distance = torch.arange(2 * max_distance + 1)
-    setting = num_buckets, max_distance
-    truth = [exact_bucket(n, *setting) for n in distance.tolist()]
-    assert distance_bucket(distance, *setting).tolist() == truth
+    for side_buckets in (2, 3, 5, 8, 16, 20, 32, 64):
+        setting = side_buckets, max_distance
+        truth = [exact_bucket(n, *setting) for n in distance.tolist()]
+        assert distance_bucket(distance, *setting).tolist() == truth, setting
 
 
 def test_starts_of_the_released_setting():
@@ -109,33 +99,27 @@ def test_the_future_is_distance_zero_to_the_decoder():
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("length", [*LENGTHS, 400])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_bias_agrees_with_transformers(bidirectional, length, setting):
-    ours, reference = make_pair(bidirectional, *setting)
-    expected = reference.compute_bias(length, length)
-    assert ours(length, length).shape == (1, HEADS, length, length)
-    assert torch.equal(ours(length, length), expected)
+def test_bias_agrees_with_transformers(bidirectional):
+    for setting in SETTINGS:
+        ours, reference = make_pair(bidirectional, *setting)
+        expected = reference.compute_bias(400, 400)
+        assert ours(400, 400).shape == (1, HEADS, 400, 400)
+        assert torch.equal(ours(400, 400), expected), setting
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("k_len", LENGTHS)
-@pytest.mark.parametrize("q_len", [1, 5])
-def test_queries_are_the_last_positions(bidirectional, q_len, k_len):
+def test_queries_are_the_last_positions(bidirectional):
     ours, reference = make_pair(bidirectional)
-    q_len = min(q_len, k_len)
-    expected = reference.compute_bias(
-        q_len, k_len, past_seen_tokens=k_len - q_len
-    )
-    assert torch.equal(ours(q_len, k_len), expected)
-    assert torch.equal(
-        ours(q_len, k_len), ours(k_len, k_len)[:, :, k_len - q_len :]
-    )
+    for q_len, k_len in [(1, 1), (1, 140), (5, 9), (5, 140)]:
+        past = k_len - q_len
+        expected = reference.compute_bias(q_len, k_len, past_seen_tokens=past)
+        assert torch.equal(ours(q_len, k_len), expected)
+        assert torch.equal(ours(q_len, k_len), ours(k_len, k_len)[:, :, past:])
 
 
 @torch.no_grad()
 @BOTH_WAYS
-@pytest.mark.parametrize("batch, length", SHAPES)
+@pytest.mark.parametrize("batch, length", [(3, 140), (9, 9), (HEADS, 10)])
 def test_attention_with_bias_agrees(bidirectional, batch, length):
     """The reference computes its own bias; nothing is handed to it."""
     bias, reference = make_pair(bidirectional)
@@ -179,7 +163,13 @@ def test_buckets_stay_exact_in_half_precision():
     ours, half = RelativePositionBias(HEADS), RelativePositionBias(HEADS)
     half.load_state_dict(ours.state_dict())
     half.bfloat16()
-    assert torch.equal(half(140, 140), ours(140, 140).bfloat16())
+    expected = ours(140, 140).bfloat16()
+    assert torch.equal(half(140, 140), expected)
+    torch.set_default_dtype(torch.bfloat16)  # what divided integers become
+    try:
+        assert torch.equal(half(140, 140), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_compiles_to_one_graph():
@@ -194,12 +184,11 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ((True, 33, 128), "num_buckets=33 is odd"),
-        ((True, 2, 128), "leaves 1 to a side.*pass 4 or more"),
-        ((True, 0, 128), "leaves 0 to a side.*pass 4 or more"),
-        ((False, 1, 128), "leaves 1 to a side.*pass 2 or more"),
-        ((True, 32, 8), "max_distance=8.*pass more than 8"),
-        ((False, 32, 16), "max_distance=16.*pass more than 16"),
+        ((True, 33, 128), "33.*even"),
+        ((True, 2, 128), "2 leaves 1 .* 4 or more"),
+        ((False, 1, 128), "1 leaves 1 .* 2 or more"),
+        ((True, 32, 8), "max_distance=8.*more than 8"),
+        ((False, 32, 16), "max_distance=16.*more than 16"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(setting, message):
@@ -209,9 +198,7 @@ def test_settings_that_cannot_work_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         relative_position_bucket(torch.arange(3), *setting)
     with pytest.raises(ValueError, match=message):
-        RelativePositionBias(
-            HEADS, num_buckets, max_distance, bidirectional
-        )
+        RelativePositionBias(HEADS, num_buckets, max_distance, bidirectional)
 
 
 @pytest.mark.parametrize(
@@ -223,5 +210,5 @@ def test_the_smallest_settings_that_work(setting):
 
 
 def test_more_queries_than_keys_are_refused():
-    with pytest.raises(ValueError, match="5 queries.*last of 3 keys"):
+    with pytest.raises(ValueError, match="5.*3"):
         RelativePositionBias(HEADS)(5, 3)

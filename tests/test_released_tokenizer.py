@@ -1,5 +1,5 @@
 """A released ``spiece.model``, read by ``Tokenizer.load`` and by the
-``T5Tokenizer`` of ``transformers`` (chapters 2 and 14).
+``T5Tokenizer`` of ``transformers``.
 
 No released file can be fetched here, so we train models as the authors of T5
 did (unigram, normalisation nmt_nfkc, pad 0, eos 1, unk 2). ``transformers``
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import T5Tokenizer, convert_slow_tokenizer
 
-from t5_book.byte_tokenizer import load_tokenizer
+from t5_book.pretrained import load_tokenizer
 from t5_book.tokenizer import Tokenizer
 
 HELP = "\n".join(topics.values()).splitlines()

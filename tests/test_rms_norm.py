@@ -1,8 +1,8 @@
-"""RMSNorm (chapter 5) against the norm of ``transformers``."""
+"""RMSNorm against the norm of ``transformers`` and PyTorch's."""
 
 import pytest
 import torch
-from hugging_face import LENGTHS, SIZES, difference
+from hugging_face import SIZES, difference
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -10,8 +10,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from t5_book.rms_norm import RMSNorm
 
 DIM = SIZES["dim"]
-SHAPES = sorted({(b, n) for n in LENGTHS for b in (3, n, SIZES["heads"])})
-HALVES = [torch.float16, torch.bfloat16]
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
 @pytest.fixture
@@ -27,21 +26,21 @@ def pair():
 # --- Agreement ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch, length", SHAPES)
-def test_agrees_with_transformers(pair, batch, length):
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1.0, 1e3])
+def test_agrees_with_transformers(pair, size):
     ours, reference = pair
-    x = 2 + 3 * torch.randn(batch, length, DIM)  # the mean is not zero
+    x = size * (2 + 3 * torch.randn(3, 9, DIM))  # the mean is not zero
     assert difference(ours(x), reference(x)) <= 1e-6
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 1e3])
-def test_agrees_at_every_size(pair, size):
+def test_agrees_where_epsilon_counts(pair):
     ours, reference = pair
-    x = size * torch.randn(3, 9, DIM)  # at 1e-3, eps is half of the sum
+    x = 1e-3 * torch.randn(3, 9, DIM)  # eps is half of what is under the root
     assert difference(ours(x), reference(x)) <= 1e-6
+    assert difference(ours(x), RMSNorm(DIM, eps=1e-8)(x)) > 0.1
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@HALVES
 def test_agrees_in_half_precision(pair, dtype):
     ours, reference = (norm.to(dtype) for norm in pair)
     x = (300 * torch.randn(3, 9, DIM)).to(dtype)  # squares overflow float16
@@ -50,7 +49,7 @@ def test_agrees_in_half_precision(pair, dtype):
     assert difference(ours(x).float(), reference(x).float()) <= 2 * step
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@HALVES
 def test_agrees_with_float32_gains_on_half_precision_input(pair, dtype):
     ours, reference = pair
     x = torch.randn(3, 9, DIM).to(dtype)
@@ -93,14 +92,3 @@ def test_each_token_is_on_its_own(pair):
     changed[1, 4] = 99.0
     same = (ours(x) == ours(changed)).all(dim=-1)
     assert same.sum() == 26 and not same[1, 4]
-
-
-# --- Errors ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("features", [1, DIM - 1, DIM + 1])
-def test_another_number_of_features_is_refused(features):
-    with pytest.raises(ValueError) as error:
-        RMSNorm(DIM)(torch.randn(2, 3, features))
-    assert f"(2, 3, {features})" in str(error.value)
-    assert f"dim={DIM}" in str(error.value)

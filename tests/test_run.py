@@ -2,126 +2,186 @@
 
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from small_book import cell, export, make_book
+from small_book import ROOT, cell, export, make_book, replace
 
+import run as runner
+from book import read_chapters
 from export import main as export_book
-from run import main as run_book
-from run import usable_cores
-from runs import stored_path
 
-MODULE = export('"""A module."""') + export("def one():\n    return 1")
-USE = cell("from t5_book.one import one\n\nprint(one())")
+MODULE = export('"""A module."""\n__all__ = []\n\n\ndef one():\n    return 1')
 MEET = """
 import time
 from pathlib import Path
 
 Path("{mine}").touch()
-waited = time.monotonic() + 60
+waited = time.monotonic() + 600  # that long only if it fails
 while not Path("{other}").exists():
     assert time.monotonic() < waited, "{other} never came"
     time.sleep(0.01)
+"""
+BAR = """
+from tqdm.auto import tqdm
+
+bar = tqdm(total=3, desc="Training")
+for step in range(3):
+    bar.update()
+    bar.set_postfix(loss=f"{2.5 - step:.1f}")
 """
 
 
 @pytest.fixture
 def book(tmp_path, monkeypatch):
-    """A book of four chapters: two that wait for each other, a bad one."""
-    one, two = "../chapter-1", "../chapter-2"
+    """Four chapters: two that wait for each other, one that fails, one with a bar."""
+    meet = [cell(MEET.format(mine=f"../{a}", other=f"../{b}")) for a, b in ("ab", "ba")]
     book = make_book(
         tmp_path,
-        ["01_one.md", MODULE, cell(MEET.format(mine=one, other=two))],
-        ["02_two.md", USE, cell(MEET.format(mine=two, other=one))],
-        ["03_three.md", cell("print('fine')"), cell("print(nothing)")],
-        ["04_four.md", cell("assert 1 + 1 == 2")],
+        first=[MODULE, meet[0]],
+        second=[cell("from t5_book.first import one\n\nassert one()"), meet[1]],
+        third=[cell("print('fine')"), cell("x = 1\nprint(nothing)")],
+        fourth=[cell(BAR)],
     )
-    folder, package = f"{book}/chapters", f"{book}/t5_book"
-    assert (
-        export_book([f"--chapters={folder}", f"--package={package}"]) == 0
-    )
+    assert export_book([f"--root={book}"]) == 0
     monkeypatch.setenv("PYTHONPATH", str(book))
+    monkeypatch.setattr(runner, "EVERY", 0)
     return book
 
 
 @pytest.fixture
 def run(book, capsys):
-    """Run the book; the exit code, the lines printed, and the errors."""
+    """Run the book: the exit code, how each chapter ended, all output, errors."""
     capsys.readouterr()
 
     def run(*arguments):
-        code = run_book([f"--folder={book}/chapters", *arguments])
+        code = runner.main([f"--root={book}", *arguments])
         out, error = capsys.readouterr()
-        return code, out.splitlines(), error
+        ends = re.findall(r"^\[ \d/4\] (\w+) +(unchanged|failed|[\d.]+ s)$", out, re.M)
+        return code, dict(ends), out, error
 
     return run
 
 
-def replace(path, old, new):
-    """Replace a text in a file."""
-    text = path.read_text("utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new), encoding="utf-8")
-
-
 def test_chapters_run_side_by_side(book, run):
-    code, lines, error = run("--jobs=2", "--store")
-    assert code == 1
-    names = [re.search(r"] (\S+)", line)[1] for line in lines]
-    assert sorted(names) == ["01_one", "02_two", "03_three", "04_four"]
-    failed = [line for line in lines if line.endswith("failed")]
-    assert failed == ["[ 3/4] 03_three               failed"], error
-    assert "run: 03_three.md:21: cell 2\n" in error
-    assert "NameError: name 'nothing' is not defined" in error
+    code, ends, out, error = run("--jobs=2")
+    assert code == 1 and len(ends) == 4
+    assert [name for name in ends if ends[name] == "failed"] == ["third"]
+    line = 1 + (book / "chapters/third.md").read_text().splitlines().index("x = 1")
+    assert f"third.md:{line}" in error and "name 'nothing' is not defined" in error
+    # A training says how far it is; this one is done before its time is known.
+    assert re.search(r"fourth cell 1/1: step 3/3, loss=0.5, \S+ left", out)
     # The failure has cost no other chapter its run.
-    assert stored_path(book / "chapters/04_four.md").exists()
-    assert not stored_path(book / "chapters/03_three.md").exists()
-    replace(book / "chapters/03_three.md", "print(nothing)", "nothing = 0")
-    code, lines, error = run("--jobs=1")
-    again = [line for line in lines if "unchanged" not in line]
-    assert (code, len(lines), len(again)) == (0, 5, 2), error
-    assert "03_three" in again[0] and "All chapters ran" in again[1]
+    replace(book / "chapters/third.md", "print(nothing)", "nothing = 0")
+    code, ends, out, error = run("--jobs=1")
+    assert code == 0, error
+    assert [name for name in ends if ends[name] != "unchanged"] == ["third"]
 
 
 def test_chapters_run_again_only_if_something_changed(book, run):
-    for path in ("chapter-1", "chapter-2"):
-        (book / path).touch()
-    _, lines, _ = run("1", "2", "--jobs=1")
-    assert "01_one" in lines[0] and "02_two" in lines[1], "not in order"
-    replace(book / "t5_book/one.py", "return 1", "return 3")
-    _, lines, _ = run("1", "2", "--jobs=1")
-    assert "01_one" in lines[0] and "unchanged" in lines[0]
-    assert "02_two" in lines[1] and "unchanged" not in lines[1]
+    (book / "a").touch()
+    (book / "b").touch()
+    replace(book / "chapters/third.md", "print(nothing)", "")
+    assert run()[0] == 0
+    changes = [
+        (book / "t5_book/first.py", "return 1", "return 3", ["fourth", "second", "third"]),
+        (book / "chapters/second.md", "# Build", "# Other words", []),
+        (book / "chapters/second.md", "assert one()", "assert one() == 3", ["second"]),
+        (book / "requirements.txt", "torch", "# torch", ["first", "fourth", "second", "third"]),
+    ]
+    for path, old, new, wanted in changes:
+        replace(path, old, new)
+        code, ends, out, error = run()
+        assert code == 0, error
+        assert sorted(n for n in ends if ends[n] != "unchanged") == wanted, path
 
 
 def test_what_changes_while_a_chapter_runs_is_too_late_for_it(book, run):
-    module = "Path('../t5_book/one.py')"
-    late = f"{module}.write_text({module}.read_text() + '# late')"
-    chapter = book / "chapters/03_three.md"
-    replace(chapter, "print('fine')", "from pathlib import Path")
-    replace(chapter, "print(nothing)", late)
+    late = "from pathlib import Path\nmodule = Path('../t5_book/first.py')\n"
+    late += "module.write_text(module.read_text() + '# late')"
+    replace(book / "chapters/third.md", "print(nothing)", late)
     for _ in range(2):
-        code, lines, error = run("3")
-        assert code == 0 and "unchanged" not in lines[0], error
+        code, ends, _, error = run("third")
+        assert code == 0 and ends["third"] != "unchanged", error
 
 
-def test_all_failures_are_shown(book, run):
-    replace(book / "chapters/04_four.md", "assert", "assert not")
-    code, _, error = run("03_three", "chapters/04_four.md")
-    assert code == 1 and "NameError" in error and "AssertionError" in error
+def test_jupyter_book_finds_the_run_with_its_text_in_one_piece(book, run):
+    pieces = "for word in 'abc':\n    print(word, end='|', flush=True)"
+    replace(book / "chapters/third.md", "print(nothing)", pieces)
+    assert run("chapters/third.md")[0] == 0
+    notebook = runner.Runs(read_chapters(book)).find("third")
+    outputs = runner.code_of(notebook)[1].outputs
+    assert [output.text for output in outputs] == ["a|b|c|"]
 
 
-def test_wrong_arguments_are_errors(run):
-    assert run("05_five")[::2] == (1, "run: no chapter is called 05_five\n")
-    with pytest.raises(SystemExit):
-        run("--jobs=0")
+def test_a_kernel_that_dies_and_a_name_that_is_wrong(book, run):
+    replace(book / "chapters/third.md", "print(nothing)", "import os\nos._exit(1)")
+    code, ends, _, error = run("third")
+    assert code == 1 and "third.md:" in error and "died" in error
+    code, ends, _, error = run("fifth")
+    assert code == 1 and "fifth" in error
 
 
-def test_as_many_cores_as_this_process_may_use(monkeypatch):
-    monkeypatch.setattr(
-        os, "sched_getaffinity", lambda _: {0, 3}, raising=False
+def test_where_nothing_can_be_written_chapters_run_all_the_same(book, run):
+    (book / "_build").touch()  # a file, where a folder is needed
+    code, ends, _, error = run("fourth")
+    assert code == 0 and "fourth" in ends
+    assert len(error.splitlines()) == 1 and "_build" in error
+
+
+def start(book, **environment):
+    """Start the command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "run.py", f"--root={book}", "first"],
+        env=os.environ | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )
-    assert usable_cores() == 2
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    assert usable_cores() == 5
+
+
+def test_control_c_stops_all_in_one_sentence(book):
+    """While a chapter runs: it waits for a file that never comes."""
+    code = "import os\nfrom pathlib import Path\nPath('../pid').write_text(str(os.getpid()))"
+    replace(book / "chapters/first.md", "\nimport time", f"\n{code}\nimport time")
+    process = start(book)
+    while not (book / "a").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode and out.strip() == runner.STOPPED
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((book / "pid").read_text()), 0)
+
+
+def test_control_c_in_the_first_second(book):
+    """A library that the command imports is where it happens."""
+    early = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (book / "early").mkdir()
+    (book / "early" / "jupyter_cache.py").write_text(early)
+    out, _ = start(book, PYTHONPATH=str(book / "early")).communicate(timeout=120)
+    assert out.strip() == runner.STOPPED
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_an_environment_that_was_stopped_half_made_is_made_again(tmp_path):
+    """By a Python that only pretends to make one."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nif test "$2" = venv; then mkdir -p .venv/bin; '
+        'cp python .venv/bin/python; test -e working; fi\n'
+    )
+    python.chmod(0o755)
+    command = ["make", ".venv/.t5-book-ready", "PYTHON=./python"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode
+    (tmp_path / ".venv" / "half").touch()
+    (tmp_path / "working").touch()
+    assert not subprocess.run(command, cwd=tmp_path, capture_output=True).returncode
+    assert not (tmp_path / ".venv" / "half").exists()
+    assert not (tmp_path / ".venv.unfinished").exists()

@@ -1,9 +1,14 @@
-"""Pairs of models, ours and ``transformers``', that write varied texts."""
+"""Pairs of models, ours and ``transformers``', that write varied texts.
+
+All are float64. In float32 two tokens can be so nearly equal that the order
+of a sum decides between them, and that order depends on the processor.
+"""
 
 import torch
 from hugging_face import (
     FAMILIES,
     copy_weights,
+    exact_norms,
     keywords,
     make_reference,
     padding_masks,
@@ -27,7 +32,7 @@ def make_writers(family: str, seed: int = 0) -> tuple[T5, nn.Module]:
         weight.data = strong_weight(name, weight, family)
     ours = T5(**keywords(family, reference.config)).eval()
     copy_weights(ours, reference)
-    return ours, reference
+    return ours.double(), exact_norms(reference.double())
 
 
 def strong_weight(name: str, weight: Tensor, family: str) -> Tensor:
@@ -64,7 +69,7 @@ def with_ids(model: T5, **special) -> T5:
     """The same model, with other special tokens."""
     other = T5(**vars(model.config) | special).eval()
     other.load_state_dict(model.state_dict())
-    return other
+    return other.to(model.head.weight.dtype)
 
 
 @torch.no_grad()

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from jupytext.myst import myst_to_notebook
+from myst_nb.core.read import read_myst_markdown_notebook
+from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "t5_book"
+HOME = re.compile(rf"# {PACKAGE}/(\w+)\.py\n")  # the first line of an export cell
+ASSERT = re.compile(r"^\s*assert\b|AssertionError", re.MULTILINE)
 
 
 class BookError(Exception):
@@ -32,6 +36,13 @@ class Cell:
     line: int
     source: str
     tags: frozenset[str]
+
+    @property
+    def module(self) -> str | None:
+        """The module that the cell is exported to, if it is."""
+        home = HOME.match(self.source)
+        name = home[1] if home else self.chapter.removesuffix(".md")
+        return name if "export" in self.tags else None
 
     def where(self, lineno: int = 1) -> str:
         """Say ``attention.md:41`` for a line of this cell."""
@@ -53,39 +64,46 @@ class Chapter:
         return self.path.stem
 
 
+def chapter_paths(root: Path = ROOT) -> list[Path]:
+    """The numbered chapters of ``_toc.yml``, in their order.
+
+    Raises:
+        BookError: if there is none, or if one does not exist.
+    """
+    toc = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))
+    numbered = [part for part in toc["parts"] if part.get("numbered")]
+    paths = [root / f"{entry['file']}.md" for part in numbered for entry in part["chapters"]]
+    for path in paths:
+        if not path.is_file():
+            raise BookError(f"_toc.yml names {path.name}, which does not exist")
+    if not paths:
+        raise BookError("_toc.yml names no numbered chapter")
+    return paths
+
+
 def read_chapters(root: Path = ROOT) -> list[Chapter]:
-    """Read the numbered chapters of ``_toc.yml``, in their order.
+    """Read the chapters in their order.
 
     Raises:
         BookError: if a chapter is missing or has no heading.
     """
-    toc = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))
-    numbered = [part for part in toc["parts"] if part.get("numbered")]
-    files = [entry["file"] for part in numbered for entry in part["chapters"]]
-    return [
-        read_chapter(root / f"{file}.md", number)
-        for number, file in enumerate(files, start=1)
-    ]
+    return [read_chapter(path, n) for n, path in enumerate(chapter_paths(root), start=1)]
 
 
 def read_chapter(path: Path, number: int) -> Chapter:
     """Read one chapter."""
-    if not path.is_file():
-        raise BookError(f"_toc.yml names {path.name}, which does not exist")
-    text = path.read_text("utf-8")
-    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    heading = re.search(r"^# (.+)$", path.read_text("utf-8"), re.MULTILINE)
     if not heading:
         raise BookError(f"{path.name} has no heading: start it with '# '")
     title = heading[1].strip().replace("`", "").replace("*", "")
-    return Chapter(path, number, title, tuple(code_cells(path.name, text)))
+    return Chapter(path, number, title, tuple(code_cells(path)))
 
 
-def code_cells(name: str, text: str) -> list[Cell]:
-    """Find the code cells of a chapter's text, with their lines."""
-    notebook = myst_to_notebook(text, add_source_map=True)
-    lines, cells = text.splitlines(), []
-    starts = notebook.metadata["source_map"]
-    for start, cell in zip(starts, notebook.cells, strict=True):
+def code_cells(path: Path) -> list[Cell]:
+    """Find the code cells of a chapter, with their lines."""
+    notebook, lines = read_notebook(path), path.read_text("utf-8").splitlines()
+    cells = []
+    for start, cell in zip(notebook.metadata.source_map, notebook.cells, strict=True):
         if cell.cell_type != "code":
             continue
         code = cell.source.splitlines()
@@ -94,5 +112,15 @@ def code_cells(name: str, text: str) -> list[Cell]:
         while start < last and lines[start : start + len(code)] != code:
             start += 1
         tags = frozenset(cell.metadata.get("tags", ()))
-        cells.append(Cell(name, start, cell.source, tags))
+        cells.append(Cell(path.name, start, cell.source, tags))
     return cells
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """Read a chapter as Jupyter Book does, which so finds its kept run."""
+    return read_myst_markdown_notebook(path.read_text("utf-8"), add_source_map=True)
+
+
+def code_of(notebook: NotebookNode) -> list[NotebookNode]:
+    """The code cells of a notebook."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -17,19 +17,17 @@ import argparse
 import ast
 import difflib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from book import ROOT, BookError, Cell, Chapter, read_chapters
+from book import HOME, PACKAGE, ROOT, BookError, Cell, Chapter, read_chapters
 
-PACKAGE = "t5_book"
-HOME = re.compile(rf"# {PACKAGE}/(\w+)\.py\n")
 INIT = f'''"""T5, built chapter by chapter: the package of the T5 book.
 
 >>> from {PACKAGE} import T5
@@ -42,23 +40,29 @@ tools/export.py: edit the chapters, not the files.
 
 @dataclass
 class Definition:
-    """A definition as text; of a class, its head and its members by name."""
+    """A function, a class or a constant, as text."""
 
     text: str
     spaced: bool  # a blank line stands above it in the chapter
-    constant: bool = False
-    members: dict[str, Definition] = field(default_factory=dict)
+    constant: bool
 
 
 @dataclass
 class Module:
     """A module in the making."""
 
+    cells: list[Cell] = field(default_factory=list)
     chapters: list[Chapter] = field(default_factory=list)
     docstring: str = ""
     imports: list[str] = field(default_factory=list)
-    public: list[str] | None = None  # its ``__all__``; the package offers these
+    # The names in its ``__all__``, which the package offers, and their places.
+    public: dict[str, str] | None = None
     definitions: dict[str, Definition] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> set[str]:
+        """What other modules may import from it."""
+        return {name for name in self.definitions if name[0] != "_"}
 
 
 # --- Cells to modules -----------------------------------------------------
@@ -72,91 +76,95 @@ def collect(chapters: list[Chapter]) -> dict[str, Module]:
             export cell holds what a module should not.
     """
     modules: dict[str, Module] = {}
-    global EVERY  # TRANSITION
-    EVERY = modules.values()
     for chapter in chapters:
         check_imports(chapter, modules)
         for cell in chapter.cells:
-            if "export" not in cell.tags:
+            if cell.module is None:
                 continue
-            home = HOME.match(cell.source)
-            module = modules.setdefault(home[1] if home else chapter.name, Module())
+            module = modules.setdefault(cell.module, Module())
             if chapter not in module.chapters:
                 module.chapters.append(chapter)
-            add_cell(module, cell, start=1 if home else 0)
+            module.cells.append(cell)
+            add_cell(module, cell)
     for name, module in modules.items():
-        if not module.docstring:
-            raise BookError(f"{name}.py has no docstring; begin its first cell with one")
-        # TRANSITION: every module will say its __all__ itself
-        if module.public is None:
-            module.public = [n for n in module.definitions if n.isidentifier() and n[0] != "_"]
+        check_module(name, module)
     import_neighbours(modules)
     return modules
 
 
-def check_imports(chapter: Chapter, earlier: dict[str, Module]) -> None:
-    """Refuse an import of what no earlier chapter exports."""
-    public = set()
-    for module in earlier.values():
-        public.update(module.definitions if module.public is None else module.public)
-    for cell in chapter.cells:
-        code = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
-        for node in ast.walk(ast.parse(code)):
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            package, _, module = (node.module or "").partition(".")
-            if package != PACKAGE:
-                continue
-            known = earlier[module].definitions if module in earlier else {}
-            if module == chapter.name or chapter.name in ("beams", "pretrained"):
-                continue  # TRANSITION
-            for alias in node.names:
-                if alias.name not in (known if module else public | earlier.keys()):
-                    where = cell.where(node.lineno)
-                    raise BookError(f"{where}: no earlier chapter exports {alias.name}")
+def check_module(name: str, module: Module) -> None:
+    """Refuse a module without a docstring or with an ``__all__`` that is wrong."""
+    where = module.cells[0].where()
+    if not module.docstring:
+        raise BookError(f"{where}: start the first cell of {name}.py with a docstring")
+    if module.public is None:
+        raise BookError(f"{where}: {name}.py needs an __all__; it may be empty")
+    for public, where in module.public.items():
+        if public not in module.definitions:
+            raise BookError(f"{where}: {name}.py does not define {public}")
 
 
-def add_cell(module: Module, cell: Cell, start: int) -> None:
-    """Add the statements of a cell to its module."""
+def parse(cell: Cell) -> ast.Module:
+    """The syntax tree of a cell; IPython's commands count as ``pass``."""
+    code = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
     try:
-        body = ast.parse(cell.source).body
+        return ast.parse(code)
     except SyntaxError as error:
         raise BookError(f"{cell.where(error.lineno or 1)}: {error.msg}") from None
-    for node, text, spaced in statements(body, cell.source.splitlines(), start):
-        target = owner(node)
+
+
+def check_imports(chapter: Chapter, earlier: dict[str, Module]) -> None:
+    """Refuse an import of what no earlier chapter exports."""
+    known = set()
+    for name, module in earlier.items():
+        known |= {name, *(module.public or ()), *(f"{name}.{shared}" for shared in module.shared)}
+    for cell in chapter.cells:
+        for node in ast.walk(parse(cell)):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                package, _, path = (start + alias.name).partition(".")
+                if package == PACKAGE and path and path not in known:
+                    where = cell.where(node.lineno)
+                    raise BookError(f"{where}: no earlier chapter exports {path}")
+
+
+def add_cell(module: Module, cell: Cell) -> None:
+    """Add the statements of a cell to its module."""
+    start = 1 if HOME.match(cell.source) else 0
+    for node, text, spaced in statements(parse(cell).body, cell, start):
+        where, name, target = cell.where(node.lineno), name_of(node), owner(node)
         if isinstance(node, ast.Import | ast.ImportFrom):
             module.imports.append(text)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        elif isinstance(node, ast.Expr) and text.endswith('"""') and not module.docstring:
             module.docstring = text
-        elif name_of(node) == "__all__":
-            module.public = (module.public or []) + ast.literal_eval(node.value)
+        elif name == "__all__":
+            more = dict.fromkeys(ast.literal_eval(node.value), where)
+            module.public = (module.public or {}) | more
         elif target is not None:
             if target not in module.definitions:
-                where = cell.where(node.lineno)
                 raise BookError(f"{where}: this module has no class {target}")
             text = re.sub(r"^@add_to\(.*\)\n", "", text, flags=re.MULTILINE)
-            method = Definition(textwrap.indent(text, "    "), True)
-            module.definitions[target].members[node.name] = method
-        elif isinstance(node, ast.ClassDef) and [ast.unparse(b) for b in node.bases] == [node.name]:
-            again = read_class(node, cell, text, spaced).members  # TRANSITION
-            home = next(m for m in [module, *EVERY] if node.name in m.definitions)
-            home.imports += [i for i in module.imports if home is not module and PACKAGE not in i]
-            home.definitions[node.name].members |= again
-        elif isinstance(node, ast.ClassDef):
-            module.definitions[node.name] = read_class(node, cell, text, spaced)
-        elif name_of(node):
-            constant = not isinstance(node, ast.FunctionDef)
-            module.definitions[name_of(node)] = Definition(text, spaced, constant)
+            put_member(module.definitions[target], name, textwrap.indent(text, "    "))
+        elif name:
+            constant = not isinstance(node, ast.FunctionDef | ast.ClassDef)
+            module.definitions[name] = Definition(text, spaced, constant)
         else:
             raise BookError(
-                f"{cell.where(node.lineno)}: an export cell holds imports, constants, "
-                f"functions and classes; move this {type(node).__name__} to another cell"
+                f"{where}: an export cell holds imports, constants, functions and "
+                f"classes; move this {type(node).__name__} to another cell"
             )
 
 
-def statements(body: list[ast.stmt], lines: list[str], start: int):
+def statements(
+    body: list[ast.stmt], cell: Cell, start: int
+) -> Iterator[tuple[ast.stmt, str, bool]]:
     """Yield each statement, its text with the comments above, and the gap."""
+    lines = cell.source.splitlines()
     for node in body:
+        if node.lineno <= start:
+            raise BookError(f"{cell.where(node.lineno)}: put each statement on its own line")
         above = lines[start : node.end_lineno]
         yield node, "\n".join(above).strip("\n"), not above[0].strip()
         start = node.end_lineno
@@ -173,26 +181,25 @@ def owner(node: ast.stmt) -> str | None:
 def name_of(node: ast.stmt) -> str:
     """What a statement defines: ``generate``, ``PRESETS`` or ``T5.generate``."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return node.name
+        decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+        setter = f"{node.name}.setter"
+        return setter if setter in decorators else node.name
     if isinstance(node, ast.Assign):
         return ast.unparse(node.targets[0])
     return ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else ""
 
 
-def read_class(node: ast.ClassDef, cell: Cell, text: str, spaced: bool) -> Definition:
-    """Take a class apart, so that later cells can replace its members."""
-    lines = cell.source.splitlines()
-    head = textwrap.dedent(text).splitlines()
-    first = next(i for i, line in enumerate(head) if line.startswith("class "))
-    while not head[first].split("#")[0].rstrip().endswith(":"):
-        first += 1
-    found = Definition("\n".join(head[: first + 1]), spaced)
-    start = node.end_lineno - (len(head) - first - 1)
-    for item, part, gap in statements(node.body, lines, start):
-        name = name_of(item) or ast.unparse(item)
-        constant = not isinstance(item, ast.FunctionDef)
-        found.members[name] = Definition(part, gap, constant)
-    return found
+def put_member(definition: Definition, name: str, text: str) -> None:
+    """Put a method into a class: in place of one of that name, or at the end."""
+    lines = definition.text.splitlines()
+    first = end = len(lines)
+    above = None
+    for item in ast.parse(definition.text).body[0].body:
+        if name_of(item) == name:
+            first, end = above or item.lineno - 1, item.end_lineno
+        above = item.end_lineno
+    lines[first:end] = ["", *text.splitlines()]
+    definition.text = "\n".join(lines)
 
 
 def import_neighbours(modules: dict[str, Module]) -> None:
@@ -201,18 +208,19 @@ def import_neighbours(modules: dict[str, Module]) -> None:
     In the notebook such names are there already, from the cells above.
     """
     for module in modules.values():
-        code = join(module.definitions.values(), "\n\n\n")
         imported = {
             alias.asname or alias.name
             for node in ast.parse("\n".join(module.imports)).body
             for alias in node.names
         }
-        used = {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name)}
+        nodes = ast.walk(ast.parse(join(module.definitions.values())))
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
         missing = used - imported - module.definitions.keys()
         for name, other in modules.items():
-            together = other is not module and set(other.chapters) & set(module.chapters)
-            for found in sorted(missing & other.definitions.keys()) if together else ():
-                module.imports.append(f"from {PACKAGE}.{name} import {found}")
+            together = any(chapter in other.chapters for chapter in module.chapters)
+            if other is not module and together:
+                for found in sorted(missing & other.shared):
+                    module.imports.append(f"from {PACKAGE}.{name} import {found}")
 
 
 # --- Modules to text ------------------------------------------------------
@@ -220,18 +228,16 @@ def import_neighbours(modules: dict[str, Module]) -> None:
 
 def render(module: Module) -> str:
     """The text of a module."""
-    places = " and ".join(
-        f'chapter {c.number}, "{c.title}" (chapters/{c.path.name})'
-        for c in module.chapters
-    )
-    built = f"Built in {places}. Edit the chapter, not this file."
+    places = [f'chapter {c.number}, "{c.title}" (chapters/{c.path.name})' for c in module.chapters]
+    built = f"Built in {' and '.join(places)}. Edit the chapter, not this file."
     lines = textwrap.wrap(built, 76, break_on_hyphens=False)
     docstring = "\n".join([module.docstring[:-3].rstrip(), "", *lines, '"""'])
     head = [docstring, "\n".join(module.imports), listing(module.public)]
-    return "\n\n".join(head) + join(module.definitions.values(), "\n\n\n") + "\n"
+    text = "\n\n".join(part for part in head if part)
+    return text + join(module.definitions.values()) + "\n"
 
 
-def listing(names: list[str]) -> str:
+def listing(names: Iterable[str]) -> str:
     """``__all__``, on one line or, where long, a name on each; ruff sorts them."""
     line = "__all__ = [" + ", ".join(f'"{name}"' for name in names) + "]"
     if len(line) <= 76:
@@ -239,17 +245,15 @@ def listing(names: list[str]) -> str:
     return "\n".join(["__all__ = [", *(f'    "{name}",' for name in names), "]"])
 
 
-def join(definitions, between: str) -> str:
-    """Definitions below each other; constants stay as the chapter has them."""
+def join(definitions: Iterable[Definition]) -> str:
+    """Definitions below each other; constants stay as close as they were."""
     text, before = "", None
     for definition in definitions:
-        if definition.constant and before and before.constant:
-            text += "\n\n" if definition.spaced else "\n"
-        elif definition.constant and not before:
-            text += "\n\n" if between == "\n\n\n" else "\n"
+        if definition.constant and (before is None or before.constant):
+            text += "\n\n" if before is None or definition.spaced else "\n"
         else:
-            text += between if before or between == "\n\n\n" else "\n"
-        text += definition.text + join(definition.members.values(), "\n\n")
+            text += "\n\n\n"
+        text += definition.text
         before = definition
     return text
 
@@ -259,11 +263,10 @@ def render_init(modules: dict[str, Module]) -> str:
     homes: dict[str, str] = {}
     lines = [INIT]
     for name, module in modules.items():
-        for public in module.public:
+        for public, where in module.public.items():
             if public in homes:
-                both = f"{homes[public]} and {name}"
-                raise BookError(f"{public} is exported twice: by {both}")
-            homes[public] = name
+                raise BookError(f"{where}: {public} is exported by {homes[public]}, too")
+            homes[public] = f"{name}.py"
         # A function that bears the name of a module would hide the module.
         names = [public for public in module.public if public not in modules]
         if names:
@@ -273,78 +276,92 @@ def render_init(modules: dict[str, Module]) -> str:
     return "\n".join([*lines, f'\n__version__ = "{project["version"]}"\n'])
 
 
-def export(chapters: list[Chapter], folder: Path) -> None:
-    """Write the modules of the package into an empty folder."""
+def export(chapters: list[Chapter]) -> dict[str, str]:
+    """The files of the package, as texts by their names."""
     modules = collect(chapters)
-    for name, module in modules.items():
-        (folder / f"{name}.py").write_text(render(module), "utf-8")
-    (folder / "__init__.py").write_text(render_init(modules), "utf-8")
-    tidy(folder)
+    texts = {f"{name}.py": render(module) for name, module in modules.items()}
+    texts["__init__.py"] = render_init(modules)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            Path(folder, name).write_text(text, "utf-8")
+        tidy(Path(folder), modules)
+        return read_texts(Path(folder))
 
 
-def install(exported: Path, package: Path) -> None:
-    """Put the exported modules in place; what is unchanged keeps its date."""
-    package.mkdir(exist_ok=True)
-    for path in package.glob("*.py"):
-        if not (exported / path.name).exists():
-            path.unlink()
-    for path in exported.glob("*.py"):
-        old = package / path.name
-        if not old.exists() or old.read_bytes() != path.read_bytes():
-            shutil.copyfile(path, old)
+def read_texts(folder: Path) -> dict[str, str]:
+    """The modules that lie in a folder."""
+    return {path.name: path.read_text("utf-8") for path in folder.glob("*.py")}
 
 
-def tidy(folder: Path) -> None:
+def tidy(folder: Path, modules: dict[str, Module]) -> None:
     """Sort imports, drop unused ones, and refuse undefined names."""
-    rules = ["--select=I,F401,F821,RUF022", "--fix", "--quiet", "--isolated"]
+    command = [sys.executable, "-m", "ruff", "check", "--fix", "--isolated", "--quiet"]
+    options = ["--select=I,F401,F821,RUF022", "--line-length=76", "--output-format=concise"]
     isort = f'lint.isort.known-first-party=["{PACKAGE}"]'
-    command = [sys.executable, "-m", "ruff", "check", *rules, "--line-length=76"]
     init = 'lint.per-file-ignores={"__init__.py"=["F401"]}'
     result = subprocess.run(
-        [*command, "--config", isort, "--config", init, folder],
+        [*command, *options, "--config", isort, "--config", init, folder],
         capture_output=True, text=True,
     )
+    wrong = []
+    for name, number, what in re.findall(r"(\w+)\.py:(\d+):\d+: (.*)", result.stdout):
+        lines = (folder / f"{name}.py").read_text("utf-8").splitlines()
+        wrong.append(f"{find_line(modules[name], lines[int(number) - 1])}: {what}")
     if result.returncode:
-        raise BookError(result.stdout + result.stderr)
+        raise BookError("\n".join(wrong) or result.stderr)
+
+
+def find_line(module: Module, line: str) -> str:
+    """Say where a line of a module stands in the chapters."""
+    for cell in module.cells:
+        for number, text in enumerate(cell.source.splitlines(), start=1):
+            if text.strip() == line.strip():
+                return cell.where(number)
+    return module.cells[0].where()
 
 
 # --- The command ----------------------------------------------------------
 
 
-def difference(package: Path, exported: Path) -> str:
+def install(old: dict[str, str], new: dict[str, str], package: Path) -> None:
+    """Put new texts in place of old ones; what is unchanged keeps its date."""
+    package.mkdir(exist_ok=True)
+    for name in old.keys() - new.keys():
+        (package / name).unlink()
+    for name, text in new.items():
+        if text != old.get(name):
+            (package / name).write_text(text, "utf-8", newline="\n")
+
+
+def difference(old: dict[str, str], new: dict[str, str]) -> str:
     """What would change in the package, as a diff."""
     diff = []
-    for name in sorted({path.name for path in [*package.glob("*.py"), *exported.glob("*.py")]}):
-        texts = []
-        for folder in (package, exported):
-            path = folder / name
-            text = path.read_text("utf-8") if path.exists() else ""
-            texts.append(text.splitlines(keepends=True))
-        diff += difflib.unified_diff(*texts, f"{PACKAGE}/{name}", "what the chapters say")
+    for name in sorted(old | new):
+        before, after = old.get(name, ""), new.get(name, "")
+        diff += difflib.unified_diff(
+            before.splitlines(True), after.splitlines(True),
+            f"{PACKAGE}/{name}", "what the chapters say",
+        )
     return "".join(diff)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit code."""
     parser = argparse.ArgumentParser(description="Write the package from the chapters.")
     parser.add_argument("--check", action="store_true", help="change nothing; show a diff")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder of the book")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     package = options.root / PACKAGE
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            exported = Path(folder)
-            export(read_chapters(options.root), exported)
-            diff = difference(package, exported)
-            if diff and not options.check:
-                install(exported, package)
+        old, new = read_texts(package), export(read_chapters(options.root))
     except BookError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
     if options.check:
-        print(diff or f"{PACKAGE} is what the chapters say")
-        return int(bool(diff))
-    print(f"{PACKAGE} is {'new' if diff else 'unchanged'}")
+        print(difference(old, new) or f"{PACKAGE} is what the chapters say")
+        return int(old != new)
+    install(old, new, package)
+    print(f"{PACKAGE} is {'unchanged' if old == new else 'new'}")
     return 0
 
 

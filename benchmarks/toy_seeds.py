@@ -1,8 +1,8 @@
 """Train the toy T5 of the last chapter with other seeds and optimizers.
 
-    python tools/toy_seeds.py        write tools/outputs/toy_seeds.json and
-                                     the picture of README.md
-    python tools/toy_seeds.py Adafactor "seed 1"     do these again
+    python benchmarks/toy_seeds.py      write chapters/toy_seeds.json and
+                                        the picture of README.md
+    python benchmarks/toy_seeds.py Adafactor "seed 1"     do these again
 
 It runs the chapter's own cells, those tagged ``experiment``. The chapter
 quotes the results. Takes about twenty minutes on two cores.
@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jupytext
 import matplotlib.pyplot as plt
 import torch
 
 import t5_book
-from runs import code_of, read_notebook
-from source import CHAPTERS, ROOT
 
-RESULT = ROOT / "tools" / "outputs" / "toy_seeds.json"
+CHAPTERS = Path(__file__).resolve().parent.parent / "chapters"
+RESULT = CHAPTERS / "toy_seeds.json"
 PICTURE = CHAPTERS / "images" / "result.png"
 SHORT = 400  # steps, to compare optimizers
 GATED = {"feed_forward": "gated-gelu"}  # as many weights as ReLU has
@@ -40,24 +41,66 @@ LABELS = {  # of the curves in the picture
     "seed 2": None,
     "no position bias": "T5 without position bias",
 }
+
+
+def parts_of(model):
+    """The matrices of the blocks, all other weights, and the tables."""
+    muon, adamw = t5_book.muon_adamw(model)
+    others, tables = [group["params"] for group in adamw.param_groups]
+    return muon.param_groups[0]["params"], others, tables
+
+
+def adamw_for_all(model, lr):
+    """As ``muon_adamw``, but AdamW steps with the matrices, too."""
+    matrices, others, tables = parts_of(model)
+    groups = [
+        {"params": matrices, "lr": lr},
+        {"params": others, "lr": 0.05},
+        {"params": tables, "lr": 0.3},
+    ]
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def adafactor_but_tables(model, lr):
+    """Adafactor at a constant rate, and AdamW for the tables."""
+    matrices, others, tables = parts_of(model)
+    return [
+        t5_book.Adafactor(matrices + others, lr),
+        torch.optim.AdamW(tables, 0.3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 SHORT_RUNS = {
     "Muon and AdamW, tables at 0.3": ({}, {}),
+    "the same, tables at 0.05": ({}, {"table_lr": 0.05}),
     "the same, tables at 0.005": ({}, {"table_lr": 0.005}),
     "the same, no position bias": ({"bias": False}, {}),
     "the same, embeddings at 0.005": ({}, {"embedding_lr": 0.005}),
     "the same, five rounds of Muon": ({}, {"rounds": 5}),
     "the same, gated GELU": (GATED, {}),
-    "Adafactor": ({}, {"optimizers": "adafactor"}),
+    "the same, AdamW instead of Muon": (
+        {},
+        {"optimizers": adamw_for_all, "lr": 0.005},
+    ),
+    "Adafactor": ({}, {"optimizers": t5_book.adafactor}),
+    # constant: 400 steps at 1 / sqrt(400)
+    "Adafactor at 0.05": (
+        {},
+        {"optimizers": t5_book.adafactor, "warmup": SHORT},
+    ),
+    "Adafactor at 0.03, tables at 0.3": (
+        {},
+        {"optimizers": adafactor_but_tables, "lr": 0.03},
+    ),
 }
 
 
 def load_experiment() -> dict:
     """Run the cells tagged ``experiment``; give the names they define."""
-    [chapter] = CHAPTERS.glob("*_train_toy.md")
     names: dict = {}
-    for cell in code_of(read_notebook(chapter)):
+    for cell in jupytext.read(CHAPTERS / "train_toy.md").cells:
         if "experiment" in cell.metadata.get("tags", ()):
-            exec(compile(cell.source, chapter.name, "exec"), names)
+            exec(compile(cell.source, "train_toy.md", "exec"), names)
     return names
 
 
@@ -68,10 +111,7 @@ def train_all(book: dict, runs: dict, **common) -> dict[str, list[dict]]:
     ]
 
     def train(model, options):
-        options = common | options
-        if "optimizers" in options:
-            options["optimizers"] = getattr(t5_book, options["optimizers"])
-        return book["train_toy"](model, **options)
+        return book["train_toy"](model, **common | options)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         done = pool.map(train, models, [t for _, t in runs.values()])

@@ -1,7 +1,7 @@
 """Measure how much memory it takes to load a T5 of a released size.
 
-    python tools/loading_memory.py                       t5-3b in bfloat16
-    python tools/loading_memory.py t5-large --kind bin
+    python benchmarks/loading_memory.py                       t5-3b in bfloat16
+    python benchmarks/loading_memory.py t5-large --kind bin
 
 Makes a checkpoint of zeros in a temporary folder, loads it in a process of
 its own, and compares the peak of that process with the size of the weights.

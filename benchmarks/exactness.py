@@ -1,7 +1,7 @@
 """Measure how far our T5 is from the one of ``transformers``.
 
-    python tools/exactness.py            print the table; about a minute
-    python tools/exactness.py --seeds 9  draw the weights nine times
+    python benchmarks/exactness.py            print the table; about a minute
+    python benchmarks/exactness.py --seeds 9  draw the weights nine times
 
 For each family, with random weights: the largest difference between logits,
 relative where they exceed 1, over pairs of unequal lengths, with padding on
@@ -16,15 +16,16 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from pathlib import Path
 
 import torch
 
-from source import ROOT
 from t5_book import PRESETS, T5
 
-sys.path.append(str(ROOT / "tests"))
+# The tests compare in the same way; these are their reference models.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from hugging_face import (
+from hugging_face import (  # noqa: E402
     FAMILIES,
     PAIRS,
     RELEASED,
