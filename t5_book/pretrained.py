@@ -78,7 +78,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
     """Load the tokenizer of a released T5.
 
     Args:
-        name_or_path: a folder, or a name on the hub; see ``find_release``.
+        name_or_path: a folder, or a file in it; or a name on the hub.
 
     Raises:
         ValueError: if there is no ``spiece.model``, and it is no ByT5; if
@@ -88,6 +88,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
     """
     options = "config.json", "tokenizer_config.json"
     folder = find_release(name_or_path, *options, "spiece.model")
+    if folder.is_file():
+        folder = folder.parent
     values = {}
     for name in options:
         file = folder / name

@@ -848,12 +848,10 @@ def test_half_a_download(releases, folder, layout):
         {"n": 3},
         torch.ones(2),
         {TABLE: torch.ones(2).to_sparse()},
-        {TABLE: torch.ones(2, 2).to_sparse_csr()},
         {TABLE: torch.ones(2, device="meta")},
     ],
-    ids=["list", "number", "tensor", "sparse", "csr", "meta"],
+    ids=["list", "number", "tensor", "sparse", "meta"],
 )
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_bin_of_other_things(folder, held):
     assert_refused(T5.from_pretrained, write_bin(folder, held), names=["pytorch_model.bin"])
 
