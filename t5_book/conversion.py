@@ -100,14 +100,14 @@ def our_config(entries: dict) -> T5Config:
         )
     epsilon = entries.get("layer_norm_epsilon", 1e-6)
     if epsilon != 1e-6:
-        raise ValueError(f"config.json has layer_norm_epsilon {epsilon!r}; T5 has 1e-06")
+        raise ValueError(f"config.json: layer_norm_epsilon is {epsilon!r}, not 1e-06")
     missing = [name for name in SIZES if name not in entries]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     for name in SIZES:
         check_integer(f"config.json: {name}", entries[name], 1)
         if entries[name] >= 2**31:
-            raise ValueError(f"config.json: {name} is {entries[name]}; no T5 is so large")
+            raise ValueError(f"config.json: {name} is {entries[name]}, which is too much")
     defaults = {
         "feed_forward_proj": "relu" if family == "t5" else "gated-gelu",
         "dropout_rate": 0.1,

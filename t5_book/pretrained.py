@@ -78,7 +78,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
     """Load the tokenizer of a released T5.
 
     Args:
-        name_or_path: a folder, or a name on the hub; see ``find_release``.
+        name_or_path: a folder, or a file in it; or a name on the hub.
 
     Raises:
         ValueError: if there is no ``spiece.model``, and it is no ByT5; if
@@ -88,6 +88,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer | ByteTokenizer:
     """
     options = "config.json", "tokenizer_config.json"
     folder = find_release(name_or_path, *options, "spiece.model")
+    if folder.is_file():
+        folder = folder.parent
     values = {}
     for name in options:
         file = folder / name
@@ -222,25 +224,23 @@ def same_numbers(one: StoredTensor, other: StoredTensor) -> bool:
     return one.shape == other.shape and torch.equal(one.read(), other.read())
 
 
-def drop_copies(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def drop_copies(stored: dict[str, StoredTensor]) -> None:
     """Keep the embedding once, as ``shared.weight``, and a head if it differs."""
-    kept = dict(stored)
     names = [name for name in TABLES if name in stored]
     for name in names[1:]:
         if same_numbers(stored[name], stored[names[0]]):
-            del kept[name]
-    if names and names[0] != HEAD:
-        kept[TABLE] = kept.pop(names[0])
-    return kept
+            del stored[name]
+    if names and names[0] not in (TABLE, HEAD):
+        stored[TABLE] = stored.pop(names[0])
 
 
 def read_weights(
     stored: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Read tensor by tensor; return them by our names."""
+    """Read tensor by tensor, by our names; empties ``stored``, which closes files."""
     weights = {}
-    for name, tensor in tqdm(stored.items(), "loading", unit="tensor", delay=2):
-        weights[our_name(name)] = tensor.read().to(device, dtype)
+    for name in tqdm(list(stored), "loading", unit="tensor", delay=2):
+        weights[our_name(name)] = stored.pop(name).read().to(device, dtype)
     return weights
 
 
@@ -299,9 +299,64 @@ STALE = ".EncDecAttention.relative_attention_bias.weight"  # no T5 reads it
 BIAS = ".SelfAttention.relative_attention_bias.weight"
 
 
+def build(
+    entries: dict,
+    stored: dict[str, StoredTensor],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    model_class: type[T5],
+) -> T5:
+    """Build a T5 from the entries of ``config.json`` and tensors not yet read.
+
+    Arguments and errors are those of ``load_released``; ``stored`` is empty
+    in the end.
+    """
+    allowed = ", ".join(map(str, FLOATS.values()))
+    if dtype not in (None, *FLOATS.values()):
+        raise ValueError(f"dtype is {dtype!r}; pass one of {allowed}")
+    for name in list(stored):
+        if name.endswith(STALE):
+            del stored[name]
+        elif stored[name].dtype not in FLOATS.values():
+            raise ValueError(f"{name} is {stored[name].dtype}; weights are {allowed}")
+    config = our_config(entries)
+    check_possible(config, stored)
+
+    # What the tensors know better than config.json
+    drop_copies(stored)
+    tied = HEAD not in stored
+    config = replace(config, tie_head=tied, scale_logits=logits_scaled(entries, tied))
+    if max(config.enc_depth, config.dec_depth) > 1:
+        tables = [name for name in stored if name.endswith(BIAS)]
+        per_layer = any(".block.0." not in name for name in tables)
+        config = replace(config, bias_per_layer=per_layer)
+
+    with torch.device("meta"):
+        model = model_class(**asdict(config))
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    check_fit(found, released_shapes(model), "the release")
+
+    if dtype is None:  # the widest of theirs
+        dtypes = [tensor.dtype for tensor in stored.values()]
+        dtype = reduce(torch.promote_types, dtypes)
+    weights = read_weights(stored, dtype, device or torch.get_default_device())
+    # assign=True: what was read becomes the parameter itself. A tied head is
+    # not among the names, and is tied again.
+    model.load_state_dict(weights, strict=False, assign=True)
+    if tied:
+        model.head.weight = model.dec_emb.weight
+    return model.eval()
+
+
+def released_shapes(model: T5) -> dict[str, tuple]:
+    """The shapes of a model's weights, by released names."""
+    named = model.named_parameters()
+    return {released_name(name): tuple(weight.shape) for name, weight in named}
+
+
 def load_released(
     config: dict,
-    tensors: Mapping[str, Tensor | StoredTensor],
+    tensors: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -326,49 +381,8 @@ def load_released(
         ValueError: if the configuration is no T5's, or does not fit the
             tensors; the message names up to 20 tensors of each kind.
     """
-    allowed = "one of " + ", ".join(map(str, FLOATS.values()))
-    if dtype not in (None, *FLOATS.values()):
-        raise ValueError(f"dtype is {dtype!r}; pass {allowed}")
-    stored = {}
-    for name, tensor in tensors.items():
-        if name.endswith(STALE):
-            continue
-        if isinstance(tensor, Tensor):
-            tensor = stored_tensor(tensor)
-        if tensor.dtype not in FLOATS.values():
-            raise ValueError(f"{name} is {tensor.dtype}; a weight must be {allowed}")
-        stored[name] = tensor
-    ours = our_config(config)
-    check_possible(ours, stored)
-
-    # What the tensors know better than config.json
-    stored = drop_copies(stored)
-    tied = HEAD not in stored
-    ours = replace(ours, tie_head=tied, scale_logits=logits_scaled(config, tied))
-    if max(ours.enc_depth, ours.dec_depth) > 1:
-        tables = [name for name in stored if name.endswith(BIAS)]
-        per_layer = any(".block.0." not in name for name in tables)
-        ours = replace(ours, bias_per_layer=per_layer)
-
-    with torch.device("meta"):
-        model = model_class(**asdict(ours))
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    check_fit(found, released_shapes(model), "the release")
-
-    dtype = dtype or reduce(torch.promote_types, [t.dtype for t in stored.values()])
-    weights = read_weights(stored, dtype, device or torch.get_default_device())
-    # assign=True: what was read becomes the parameter itself. A tied head is
-    # not among the names, and is tied again.
-    model.load_state_dict(weights, strict=False, assign=True)
-    if tied:
-        model.head.weight = model.dec_emb.weight
-    return model.eval()
-
-
-def released_shapes(model: T5) -> dict[str, tuple]:
-    """The shapes of a model's weights, by released names."""
-    named = model.named_parameters()
-    return {released_name(name): tuple(weight.shape) for name, weight in named}
+    stored = {name: stored_tensor(tensor) for name, tensor in tensors.items()}
+    return build(config, stored, dtype, device, model_class)
 
 
 def load_pretrained(
@@ -381,7 +395,8 @@ def load_pretrained(
     """Load a released T5, or one that ``save_pretrained`` wrote.
 
     The weights are read tensor by tensor: it takes their own size in memory,
-    and no more than the largest of them on top. No program in a file is run.
+    and little more than the largest of them on top. No program in a file is
+    run.
 
     Args:
         name_or_path: a folder; a file of weights, or an index of them, with
@@ -397,13 +412,11 @@ def load_pretrained(
         FileNotFoundError, ImportError, ConnectionError: as ``find_weights``.
     """
     files = find_weights(name_or_path)
-    stored, notes = open_shards(files)
     folder = files[0].parent
+    stored, notes = open_shards(files)
     entries = saved_config(folder / "config.json", notes)
     try:
-        return load_released(
-            entries, stored, dtype=dtype, device=device, model_class=model_class
-        )
+        return build(entries, stored, dtype, device, model_class)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 

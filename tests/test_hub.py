@@ -175,8 +175,10 @@ def test_without_huggingface_hub(monkeypatch):
 
 
 def test_a_byt5(tmp_path):
-    loaded = load_tokenizer(write(tmp_path, "config.json", vocab_size=384))
-    assert isinstance(loaded, ByteTokenizer) and loaded.extra_ids == 11
+    write(tmp_path, "config.json", vocab_size=384)
+    for path in (tmp_path, str(tmp_path), tmp_path / "config.json"):
+        loaded = load_tokenizer(path)
+        assert isinstance(loaded, ByteTokenizer) and loaded.extra_ids == 11
 
 
 def test_a_byt5_tokenizer_of_transformers(tmp_path):
@@ -195,6 +197,13 @@ def test_a_vocabulary(tmp_path, extra_ids):
     wanted = 100 if extra_ids is None else extra_ids
     assert isinstance(loaded, Tokenizer) and loaded.extra_ids == wanted
     assert loaded.vocab_size == 15 + wanted
+
+
+def test_a_vocabulary_of_our_own(tmp_path):
+    """The file says how many sentinels it was saved with."""
+    Tokenizer.train(LINES, 15, extra_ids=10).save(tmp_path / "spiece.model")
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.vocab_size == 25 and loaded.sentinel(9) == 15
 
 
 def test_no_tokenizer(tmp_path):
