@@ -93,6 +93,8 @@ def write_page(chapters: list[Chapter]) -> str:
     """
     count, parts, wrong = 0, [], []
     for chapter in chapters:
+        if HEADING not in chapter.path.read_text("utf-8").splitlines():
+            continue
         try:
             rows = read_rows(chapter)
         except BookError as error:
