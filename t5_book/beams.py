@@ -24,7 +24,7 @@ from t5_book.generation import (
 from t5_book.inference import evaluating
 from t5_book.t5 import T5
 
-__all__ = ["BeamSearchOutput", "beam_search"]
+__all__ = ["beam_search"]
 
 
 class Beams(NamedTuple):

@@ -9,7 +9,7 @@ import re
 from t5_book.checks import check_flag, check_integer
 from t5_book.config import T5Config
 
-__all__ = ["released_name"]
+__all__ = []
 
 # How names begin, here: in released files. {} is the number of the block.
 NAMES = {

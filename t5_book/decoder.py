@@ -14,7 +14,7 @@ from t5_book.masks import causal_mask, expand_padding_mask
 from t5_book.relative_position import RelativePositionBias
 from t5_book.rms_norm import RMSNorm
 
-__all__ = ["Decoder", "DecoderBlock", "DecoderCache"]
+__all__ = ["Decoder"]
 
 
 class BlockCache:

@@ -13,7 +13,7 @@ from t5_book.masks import expand_padding_mask
 from t5_book.relative_position import RelativePositionBias
 from t5_book.rms_norm import RMSNorm
 
-__all__ = ["Encoder", "EncoderBlock"]
+__all__ = ["Encoder"]
 
 
 class EncoderBlock(nn.Module):

@@ -7,7 +7,7 @@ Built in chapter 8, "Feed-forward layers: computing on each token alone"
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FEED_FORWARDS", "FeedForward", "GatedFeedForward"]
+__all__ = ["FeedForward", "GatedFeedForward"]
 
 
 class FeedForward(nn.Module):

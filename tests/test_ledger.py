@@ -58,8 +58,9 @@ def test_the_command_writes_the_page_or_says_all_that_is_wrong(tmp_path, capsys)
     assert main([f"--root={tmp_path}"]) == 0
     path = tmp_path / "chapters" / "paper_and_code.md"
     assert path.read_text("utf-8") == text
-    make_book(tmp_path, three=[], four=[])
+    empty = f"\n{HEADING}\n"
+    make_book(tmp_path, three=[empty], four=[empty], five=[])
     assert main([f"--root={tmp_path}"]) == 1
     error = capsys.readouterr().err
-    assert "three.md" in error and "four.md" in error
+    assert "three.md" in error and "four.md" in error and "five.md" not in error
     assert path.read_text("utf-8") == text

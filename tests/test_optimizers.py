@@ -177,6 +177,18 @@ def test_the_rate_before_the_ten_thousandth_step_is_one_percent():
     assert group["lr"] * group["warmup"] ** -0.5 == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("warmup", [1, 5, 10_000])
+def test_the_papers_schedule_is_that_of_adafactor(warmup):
+    factor = inverse_sqrt_schedule(warmup)
+    for n in (0, 1, 4, 5, 6, 9_999, 10_000, 40_000, 10**6):
+        rate = warmup**-0.5 * factor(n)
+        assert rate == pytest.approx(max(n, warmup) ** -0.5, rel=1e-12)
+    assert factor(0) == factor(warmup) == 1
+    assert inverse_sqrt_schedule()(40_000) == 0.5
+    with pytest.raises(ValueError, match="warmup is 0"):
+        inverse_sqrt_schedule(0)
+
+
 @pytest.mark.parametrize("make", [partial(Adafactor, lr=0.3, warmup=2), Muon])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_run_goes_on_exactly_from_its_saved_state(tmp_path, make, dtype):
@@ -405,18 +417,6 @@ def test_muon_steps_as_torch_does(shape):
             optimizer.step()
     moved = (theirs - 1).abs().max()  # torch computes in bfloat16
     assert (ours - theirs).abs().max() < 0.05 * moved
-
-
-@pytest.mark.parametrize("warmup", [1, 5, 10_000])
-def test_the_papers_schedule_is_that_of_adafactor(warmup):
-    factor = inverse_sqrt_schedule(warmup)
-    for n in (0, 1, 4, 5, 6, 9_999, 10_000, 40_000, 10**6):
-        rate = warmup**-0.5 * factor(n)
-        assert rate == pytest.approx(max(n, warmup) ** -0.5, rel=1e-12)
-    assert factor(0) == factor(warmup) == 1
-    assert inverse_sqrt_schedule()(40_000) == 0.5
-    with pytest.raises(ValueError, match="warmup is 0"):
-        inverse_sqrt_schedule(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
