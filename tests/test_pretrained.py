@@ -635,6 +635,17 @@ def test_a_crash_at_any_step(releases, tmp_path, crash, owner, name, before):
         assert not list(folder.glob(".part-*"))
 
 
+def test_each_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    steps = []
+    for owner, name in ((os, "fsync"), (Path, "replace")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, real=real, name=name: (steps.append(name), real(*a))[1]
+        )
+    T5(**OURS).save_pretrained(tmp_path)
+    assert steps == ["fsync", "replace", "fsync", "replace", "fsync"]
+
+
 def test_a_mixture_is_noticed(tmp_path):
     """Also one that somebody made by copying a file."""
     first, second = T5(**OURS), T5(**OURS, scale_logits=False)
