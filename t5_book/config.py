@@ -145,7 +145,8 @@ class T5Config(StackOptions):
 
     def to_json(self) -> str:
         """Write all fields as JSON."""
-        return json.dumps(asdict(self), indent=2, default=int)  # numpy's integers
+        # numbers of numpy have .item()
+        return json.dumps(asdict(self), indent=2, default=lambda number: number.item())
 
     @classmethod
     def from_json(cls, text: str) -> "T5Config":

@@ -285,8 +285,9 @@ def test_wrong_values_are_refused_by_name(name, value):
         T5(**TINY | {name: value})
 
 
-def test_integers_of_numpy_are_welcome():
-    config = T5Config(**TINY | {"dim": np.int64(16), "dec_depth": np.int32(1)})
+def test_numbers_of_numpy_are_welcome():
+    numbers = {"dim": np.int64(16), "dec_depth": np.int32(1), "dropout": np.float32(0.5)}
+    config = T5Config(**TINY | numbers)
     assert T5Config.from_json(config.to_json()) == config
 
 
