@@ -1,25 +1,14 @@
-"""Tests of t5_book.byte_tokenizer, and of finding a released tokenizer."""
+"""Tests of t5_book.byte_tokenizer."""
 
-import builtins
-import json
-import os
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import errors
 from transformers import ByT5Tokenizer
 
-from t5_book import hub
 from t5_book.byte_tokenizer import ByteTokenizer
-from t5_book.hub import find_release
-from t5_book.pretrained import load_tokenizer
 from t5_book.span_corruption import (
     corrupt_spans,
     noise_counts,
@@ -228,144 +217,3 @@ def test_id_out_of_range(tokenizer, method, wrong):
 def test_decode_refuses(tokenizer, ids):
     with pytest.raises(TypeError, match="ids of one text"):
         tokenizer.decode(ids)
-
-
-# --- Released models ------------------------------------------------------
-
-
-def write_config(folder: Path, **values) -> Path:
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
-
-
-def test_a_byt5(tmp_path):
-    loaded = load_tokenizer(write_config(tmp_path, vocab_size=384))
-    assert isinstance(loaded, ByteTokenizer) and loaded.extra_ids == 11
-
-
-@pytest.mark.parametrize("extra_ids", [None, 300])
-def test_a_vocabulary(tmp_path, extra_ids):
-    """UMT5 has 300 sentinels; its ``tokenizer_config.json`` says so."""
-    Tokenizer.train(HELP[:400], 300).save(tmp_path / "spiece.model")
-    write_config(tmp_path, vocab_size=32128)
-    if extra_ids:
-        text = json.dumps({"extra_ids": extra_ids})
-        (tmp_path / "tokenizer_config.json").write_text(text)
-    loaded = load_tokenizer(tmp_path)
-    assert isinstance(loaded, Tokenizer)
-    assert loaded.vocab_size == 300 + (extra_ids or 100)
-
-
-def test_a_vocabulary_of_our_own(tmp_path):
-    """The file says how many sentinels it was saved with."""
-    Tokenizer.train(HELP[:400], 300, extra_ids=10).save(tmp_path / "spiece.model")
-    write_config(tmp_path, vocab_size=384)
-    loaded = load_tokenizer(tmp_path)
-    assert isinstance(loaded, Tokenizer)
-    assert loaded.vocab_size == 310 and loaded.sentinel(9) == 300
-
-
-def test_a_byt5_tokenizer_of_transformers(tmp_path):
-    ByT5Tokenizer().save_pretrained(tmp_path)
-    assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
-
-
-def test_a_vocabulary_with_its_sentinels(tmp_path):
-    """As mT5's: its configuration asks for none on top."""
-    plain = Tokenizer.train(HELP[:400], 300)
-    proto = plain._processor.serialized_model_proto()
-    (tmp_path / "spiece.model").write_bytes(proto)
-    text = json.dumps({"extra_ids": 0})
-    (tmp_path / "tokenizer_config.json").write_text(text)
-    loaded = load_tokenizer(tmp_path)
-    assert loaded.vocab_size == 400
-    assert loaded.sentinel(99) == plain.sentinel(99) == 300
-
-
-def test_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="spiece.model.*ByT5"):
-        load_tokenizer(write_config(tmp_path, vocab_size=32128))
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_what_is_here_is_found(tmp_path, kind):
-    assert find_release(kind(tmp_path), "config.json") == tmp_path
-
-
-@pytest.mark.parametrize(
-    "path", ["./no", "/no/such", "~/no", "no/such/model", "a b", Path("no/x")]
-)
-def test_paths_that_lead_nowhere(path):
-    name = re.escape(str(path))
-    with pytest.raises(FileNotFoundError, match=name):
-        find_release(path)
-
-
-def fake_hub(monkeypatch, error):
-    def snapshot_download(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", snapshot_download
-    )
-
-
-def test_a_name_that_the_hub_does_not_know(monkeypatch):
-    error = errors.RepositoryNotFoundError.__new__(
-        errors.RepositoryNotFoundError
-    )
-    fake_hub(monkeypatch, error)
-    with pytest.raises(FileNotFoundError, match="google/t6.*hub"):
-        find_release("google/t6", "config.json")
-
-
-def test_no_way_to_the_hub(monkeypatch):
-    fake_hub(monkeypatch, errors.LocalEntryNotFoundError("no network"))
-    with pytest.raises(ConnectionError, match="google/t5.*hub"):
-        find_release("google/t5", "config.json")
-
-
-def test_offline_on_purpose(tmp_path):
-    """The real library, told not to ask, in a process of its own."""
-    code = "from t5_book.hub import find_release; find_release('google/t5')"
-    command = [sys.executable, "-c", code]
-    places = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        command, env=os.environ | places, capture_output=True, text=True
-    )
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("ConnectionError") and "google/t5" in last
-
-
-def test_without_huggingface_hub(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.startswith("huggingface_hub"):
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="pip install huggingface_hub"):
-        find_release("google/flan-t5-small")
-
-
-def test_only_what_was_asked_for_is_fetched(monkeypatch, tmp_path):
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", snapshot_download
-    )
-    write_config(tmp_path, vocab_size=384)
-    assert isinstance(load_tokenizer("google/byt5-small"), ByteTokenizer)
-    files = ["config.json", "tokenizer_config.json", "spiece.model"]
-    assert asked == [("google/byt5-small", files)]
-
-
-def test_the_package_needs_no_hub():
-    source = Path(hub.__file__).read_text("utf-8")
-    assert not re.search("^(import|from) huggingface_hub", source, re.M)

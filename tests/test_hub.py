@@ -232,3 +232,20 @@ def test_only_what_was_asked_for_is_fetched(store, tmp_path):
         load_tokenizer("google/new")
     names = ["config.json", "tokenizer_config.json", "spiece.model"]
     assert store == [("google/new", names)]
+
+
+def test_a_vocabulary_with_its_sentinels(tmp_path):
+    """As mT5's: its configuration asks for none on top."""
+    plain = Tokenizer.train(LINES, 15)
+    proto = plain._processor.serialized_model_proto()
+    (tmp_path / "spiece.model").write_bytes(proto)
+    text = json.dumps({"extra_ids": 0})
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.vocab_size == 115
+    assert loaded.sentinel(99) == plain.sentinel(99) == 15
+
+
+def test_the_package_needs_no_hub():
+    source = Path(hub.__file__).read_text("utf-8")
+    assert not re.search("^(import|from) huggingface_hub", source, re.M)
