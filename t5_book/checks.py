@@ -39,7 +39,8 @@ def check_flag(name: str, value: object) -> None:
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Refuse what is not one of ``choices``, by ValueError."""
     if value not in list(choices):
-        raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, choices))}")
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} is {value!r}; pass one of {known}")
 
 
 def check_number(name: str, value: object, least: float, below: float) -> None:
@@ -49,7 +50,9 @@ def check_number(name: str, value: object, least: float, below: float) -> None:
     except TypeError:
         good = False
     if not good:
-        wanted = f"{least:g} or more" if below == math.inf else f"from {least:g} to less than {below:g}"
+        wanted = f"{least:g} or more"
+        if below < math.inf:
+            wanted = f"from {least:g} to less than {below:g}"
         raise ValueError(f"{name} is {value!r}; pass a number, {wanted}")
 
 
@@ -70,7 +73,9 @@ def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
         IndexError: if an id is negative, or ``num_tokens`` or more.
     """
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} ids are {type(ids)}; pass torch.tensor([ids]) for a batch of one")
+        raise TypeError(
+            f"{name} ids are {type(ids)}; pass torch.tensor([ids]) for a batch of one"
+        )
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} ids are {ids.dtype}; pass ids.long()")
     if ids.ndim != 2 or 0 in ids.shape:
@@ -88,7 +93,9 @@ def check_ids(name: str, ids: Tensor, num_tokens: int) -> None:
         )
 
 
-def check_mask(name: str, mask: Tensor | None, queries: int, ids_shape: tuple[int, int]) -> None:
+def check_mask(
+    name: str, mask: Tensor | None, queries: int, ids_shape: tuple[int, int]
+) -> None:
     """Refuse a mask that does not fit the sequence that it hides.
 
     Args:
@@ -117,7 +124,9 @@ def check_mask(name: str, mask: Tensor | None, queries: int, ids_shape: tuple[in
         )
 
 
-def check_vectors(name: str, x: Tensor, shape: tuple[int | None, int | None, int]) -> None:
+def check_vectors(
+    name: str, x: Tensor, shape: tuple[int | None, int | None, int]
+) -> None:
     """Refuse what is not ``[b n dim]``; None in ``shape`` stands for any number.
 
     Raises:
@@ -127,4 +136,6 @@ def check_vectors(name: str, x: Tensor, shape: tuple[int | None, int | None, int
         want in (None, have) for have, want in zip(x.shape, shape)
     )
     if not fits:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {shape}, None being any number")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; pass {shape}, where None is any number"
+        )

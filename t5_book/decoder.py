@@ -136,7 +136,10 @@ class Decoder(nn.Module):
         tables = config.depth if config.bias_per_layer else 1
         self.biases = nn.ModuleList(
             RelativePositionBias(
-                config.heads, config.num_buckets, config.max_distance, bidirectional=False
+                config.heads,
+                config.num_buckets,
+                config.max_distance,
+                bidirectional=False,
             )
             for _ in range(tables)
         )
@@ -153,7 +156,9 @@ class Decoder(nn.Module):
         Returns:
             A cache for this batch of sources, with no target token in it yet.
         """
-        keys_values = [block.cross_attention.keys_values(memory) for block in self.blocks]
+        keys_values = [
+            block.cross_attention.keys_values(memory) for block in self.blocks
+        ]
         cross_mask = None if src_mask is None else expand_padding_mask(src_mask)
         return DecoderCache([BlockCache(pair) for pair in keys_values], cross_mask)
 

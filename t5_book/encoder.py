@@ -62,7 +62,10 @@ class Encoder(nn.Module):
         tables = config.depth if config.bias_per_layer else 1
         self.biases = nn.ModuleList(
             RelativePositionBias(
-                config.heads, config.num_buckets, config.max_distance, bidirectional=True
+                config.heads,
+                config.num_buckets,
+                config.max_distance,
+                bidirectional=True,
             )
             for _ in range(tables)
         )

@@ -143,13 +143,16 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, is_decoder: bool):
         super().__init__()
-        self.self_norm, self.self_attention = RMSNorm(config), Attention(config)
+        self.self_norm = RMSNorm(config)
+        self.self_attention = Attention(config)
         if is_decoder:
-            self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config)
-        self.feed_forward_norm, self.feed_forward = RMSNorm(config), FeedForward(config)
+            self.cross_norm = RMSNorm(config)
+            self.cross_attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config)
+        self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, bias, source=None, source_mask=None, past=None) -> Tensor:
+    def forward(self, x, mask, bias, source=None, source_mask=None, past=None):
         # each sublayer reads a normed copy of the stream and adds what it finds
         y = self.self_norm(x)
         keys, values = self.self_attention.keys_values(y)
@@ -173,10 +176,12 @@ class Stack(nn.Module):
         depth = config.dec_depth if is_decoder else config.enc_depth
         tables = depth if config.bias_per_layer else 1  # one serves all blocks
         self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(depth))
-        self.biases = nn.ModuleList(PositionBias(config, not is_decoder) for _ in range(tables))
+        self.biases = nn.ModuleList(
+            PositionBias(config, bidirectional=not is_decoder) for _ in range(tables)
+        )
         self.norm, self.dropout = RMSNorm(config), nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, keys: int, sources=None, source_mask=None, pasts=None) -> Tensor:
+    def forward(self, x, mask, keys, sources=None, source_mask=None, pasts=None):
         biases = [bias(x.shape[1], keys) for bias in self.biases]  # each [1 h q k]
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
@@ -191,7 +196,7 @@ class T5(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)  # std 1, not scaled
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)  # std 1
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -200,29 +205,34 @@ class T5(nn.Module):
             self.head.weight = self.embedding.weight
 
     def encode(self, src: Tensor, src_mask: Tensor | None = None):
-        """Ids ``[b s]`` to the keys and values that each block of the decoder reads."""
+        """Ids ``[b s]`` to what each block of the decoder reads of them, and a mask."""
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [b 1 1 s]
         memory = self.encoder(self.embedding(src), mask, src.shape[1])  # [b s dim]
-        return [block.cross_attention.keys_values(memory) for block in self.decoder.blocks], mask
+        sources = [
+            block.cross_attention.keys_values(memory) for block in self.decoder.blocks
+        ]
+        return sources, mask
 
-    def decode(self, tgt: Tensor, sources, source_mask=None, pasts=None, keys=None) -> Tensor:
+    def decode(self, tgt: Tensor, sources, source_mask=None, pasts=None, keys=None):
         """Ids ``[b t]`` to logits ``[b t v]`` for what follows each of them."""
         q, k = tgt.shape[1], keys or tgt.shape[1]
         causal = torch.ones(q, k, dtype=torch.bool, device=tgt.device).tril(k - q)
-        x = self.decoder(self.embedding(tgt), causal, k, sources, source_mask, pasts)
-        if self.config.tie_head:  # a table of std 1 would make the logits too large
+        x = self.embedding(tgt)
+        x = self.decoder(x, causal, k, sources, source_mask, pasts)  # [b t dim]
+        if self.config.tie_head:  # a table of std 1 makes the logits too large
             x = x * self.config.dim**-0.5
         return self.head(x)
 
-    def forward(self, src: Tensor, tgt: Tensor, src_mask: Tensor | None = None) -> Tensor:
+    def forward(self, src: Tensor, tgt: Tensor, src_mask: Tensor | None = None):
         return self.decode(tgt, *self.encode(src, src_mask))
 
-    def loss(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None) -> Tensor:
+    def loss(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None):
         """Mean cross-entropy in nats; labels ``[b t]`` of -100 do not count."""
         start = torch.full_like(labels[:, :1], self.config.start_id)
         tgt = torch.cat([start, labels[:, :-1]], dim=1)  # shifted one to the right
         tgt = tgt.masked_fill(tgt == -100, self.config.pad_id)
-        return F.cross_entropy(self(src, tgt, src_mask).flatten(0, 1), labels.flatten())
+        logits = self(src, tgt, src_mask)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     @torch.no_grad()
     def generate(self, src: Tensor, src_mask=None, max_new_tokens: int = 64) -> Tensor:
@@ -234,7 +244,8 @@ class T5(nn.Module):
         for n in range(1, max_new_tokens + 1):
             # the cache holds what was read, so only the last token is new
             logits = self.decode(tgt[:, -1:], sources, source_mask, pasts, keys=n)
-            token = logits[:, -1].argmax(-1, keepdim=True).masked_fill(done, self.config.pad_id)
+            token = logits[:, -1].argmax(-1, keepdim=True)  # [b 1]
+            token = token.masked_fill(done, self.config.pad_id)
             tgt = torch.cat([tgt, token], dim=1)
             done = done | (token == self.config.eos_id)
             if done.all():

@@ -7,7 +7,9 @@ loss" (chapters/t5.md). Edit the chapter, not this file.
 __all__ = ["PRESETS"]
 
 
-def _sizes(num_tokens, *, dim, mlp_dim, depth, heads, dim_head=64, dec_depth=None) -> dict:
+def _sizes(
+    num_tokens, *, dim, mlp_dim, depth, heads, dim_head=64, dec_depth=None
+) -> dict:
     """The keywords that one size sets; both sides have the same width."""
     sizes = {"dim": dim, "enc_depth": depth, "dec_depth": dec_depth or depth}
     for side in ("enc", "dec"):

@@ -21,7 +21,9 @@ __all__ = ["T5"]
 def _signature() -> inspect.Signature:
     """The fields of ``T5Config`` as keywords, those without a default first."""
     fields = inspect.signature(T5Config).parameters.values()
-    return inspect.Signature(sorted(fields, key=lambda field: field.default is not field.empty))
+    return inspect.Signature(
+        sorted(fields, key=lambda field: field.default is not field.empty)
+    )
 
 
 class T5(nn.Module):
@@ -113,7 +115,7 @@ class T5(nn.Module):
             check_mask("target", tgt_mask, t, (b, t))
         else:
             if src_mask is not None:
-                raise ValueError("the cache holds the source's mask; pass no src_mask with it")
+                raise ValueError("the cache holds the source's mask; pass no src_mask")
             check_mask("target", tgt_mask, t, (b, cache.length + t))
         x = self.decoder(self.dec_emb(tgt), memory, src_mask, tgt_mask, cache)
         return self.logits(x)
