@@ -91,11 +91,12 @@ class T5Config(StackOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = ("enc_num_tokens", "enc_depth", "enc_heads", "enc_dim_head")
-        sizes += ("dec_num_tokens", "dec_depth", "dec_heads", "dec_dim_head")
-        for name in ("dim", *sizes):
-            check_integer(name, getattr(self, name), 1)
-        for name in ("enc_mlp_mult", "dec_mlp_mult"):
+        check_integer("dim", self.dim, 1)
+        for side in ("enc", "dec"):
+            for name in ("num_tokens", "depth", "heads", "dim_head"):
+                name = f"{side}_{name}"
+                check_integer(name, getattr(self, name), 1)
+            name = f"{side}_mlp_mult"
             # less than one half of 1/dim would leave no hidden feature
             check_number(name, getattr(self, name), 0.5 / self.dim, math.inf)
         for name in ("tie_token_emb", "tie_head"):

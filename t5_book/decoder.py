@@ -52,12 +52,15 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: StackConfig):
         super().__init__()
-        attention = config.dim, config.heads, config.dim_head, config.dropout
         feed_forward = FEED_FORWARDS[config.feed_forward]
         self.self_norm = RMSNorm(config.dim)
-        self.self_attention = MultiHeadAttention(*attention)
+        self.self_attention = MultiHeadAttention(
+            config.dim, config.heads, config.dim_head, config.dropout
+        )
         self.cross_norm = RMSNorm(config.dim)
-        self.cross_attention = MultiHeadAttention(*attention)
+        self.cross_attention = MultiHeadAttention(
+            config.dim, config.heads, config.dim_head, config.dropout
+        )
         self.feed_forward_norm = RMSNorm(config.dim)
         self.feed_forward = feed_forward(config.dim, config.mlp_dim, config.dropout)
         self.dropout = nn.Dropout(config.dropout)
