@@ -1,5 +1,7 @@
 """The decoder against the decoder of ``transformers``."""
 
+from functools import partial
+
 import pytest
 import torch
 from hugging_face import (
@@ -235,6 +237,17 @@ def test_blocks_can_be_computed_twice():
     plain = torch.autograd.grad(block(x, memory, mask, None, bias).square().sum(), (x, memory))
     for ours, theirs in zip(slopes, plain):
         assert difference(ours, theirs) <= 1e-5
+
+
+def test_a_decoder_computes_its_blocks_twice():
+    """Each block recomputed for the gradient, as to save memory in training."""
+    decoder = Decoder(small())
+    x, memory = torch.randn(2, 6, 16), torch.randn(2, 5, 16, requires_grad=True)
+    [plain] = torch.autograd.grad(decoder(x, memory).square().sum(), memory)
+    for block in decoder.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    [again] = torch.autograd.grad(decoder(x, memory).square().sum(), memory)
+    assert difference(again, plain) <= 1e-5
 
 
 # --- Dropout --------------------------------------------------------------

@@ -151,6 +151,12 @@ def test_filters_agree(temperature, top_k, top_p):
     assert ours.isfinite().any(dim=1).all()
 
 
+def test_ties_at_the_border_of_top_k_all_stay():
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    kept = filter_logits(logits, top_k=2).isfinite()
+    assert kept.tolist() == [[True, True, True, True, False]]
+
+
 def test_what_has_just_enough_is_kept_and_no_more():
     """Quarters have exact sums in binary: two of four are one half."""
     even = torch.zeros(1, 4)

@@ -396,6 +396,8 @@ def test_a_cache_stands_for_memory_and_mask():
     first = model.decode(GOOD[:, :2], cache=cache)
     with pytest.raises(ValueError, match="not both"):
         model.decode(GOOD[:, 2:], memory, cache=cache)
+    with pytest.raises(ValueError, match="memory or a cache"):
+        model.decode(GOOD)
     with pytest.raises(ValueError, match="src_mask"):
         model.decode(GOOD[:, 2:], src_mask=mask, cache=cache)
     with pytest.raises(ValueError, match=r"\(2, 1\)"):  # three so far, not one
