@@ -84,6 +84,38 @@ def test_greedy_texts(both):
     assert torch.equal(page.generate(src, mask, max_new_tokens=30), written)
 
 
+def test_dropout_falls_in_the_same_places(both):
+    """From one seed both drop the same numbers, in the same order."""
+    page, model = both
+    src, tgt = random_ids(3, 9, high=60), random_ids(3, 7, 1, 60)
+    logits = []
+    for each in both:
+        for part in each.train().modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.2
+        torch.manual_seed(5)
+        logits.append(each(src, tgt))
+    assert (logits[0] - logits[1]).abs().max() <= 1e-12
+    assert (logits[0] - page.eval()(src, tgt)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_weights_are_as_large(kind):
+    sizes = dict(enc_depth=1, dec_depth=1, heads=8, dim_head=32, dim=192, mlp_dim=384)
+    page = one_page_t5.T5(one_page_t5.Config(vocab_size=500, **sizes, **KINDS[kind]))
+    side = dict(num_tokens=500, depth=1, heads=8, dim_head=32, mlp_mult=2)
+    sides = {f"{s}_{name}": value for s in ("enc", "dec") for name, value in side.items()}
+    gated = dict(feed_forward="gated-gelu", tie_head=False) if KINDS[kind] else {}
+    found = dict(page.named_parameters())
+    for name, weight in T5(dim=192, **sides, **gated).named_parameters():
+        if ".biases." in name:  # few numbers, uniform: their bound says more
+            bound = (6 / sum(weight.shape)) ** 0.5
+            assert 0.9 * bound < found[page_name(name)].abs().max() <= bound
+        else:
+            ratio = found[page_name(name)].square().mean() / weight.square().mean()
+            assert 0.9 < ratio < 1.1, name
+
+
 def test_it_imports_nothing_from_the_package():
     tree = ast.parse(Path(one_page_t5.__file__).read_text("utf-8"))
     froms = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
