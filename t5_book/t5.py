@@ -149,7 +149,7 @@ class T5(nn.Module):
             TypeError, ValueError, IndexError: as ``encode`` and ``decode``.
                 A mask of pairs is refused: those need one for each attention.
         """
-        if mask is not None and mask.ndim == 3:
+        if isinstance(mask, Tensor) and mask.ndim == 3:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}; pass (batch, source length), or "
                 "call encode and decode with a mask of pairs each"

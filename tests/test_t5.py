@@ -336,6 +336,8 @@ def test_a_list_is_no_batch():
             call(ids, *rest)
     with pytest.raises(TypeError, match="source mask is <class 'list'>"):
         model.encode(GOOD, [[True] * 3] * 2)
+    with pytest.raises(TypeError, match="source mask is <class 'list'>"):
+        model(GOOD, GOOD, [[True] * 3] * 2)
 
 
 def test_a_mask_of_pairs_is_for_one_attention():
