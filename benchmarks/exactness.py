@@ -23,9 +23,9 @@ import torch
 from t5_book import PRESETS, T5
 
 # The tests compare in the same way; these are their reference models.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from hugging_face import (  # noqa: E402
+from tests.conftest import (  # noqa: E402
     FAMILIES,
     PAIRS,
     RELEASED,

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hugging_face import SIZES, difference, padding_masks
 from torch.nn import functional as F
 from transformers import T5Config as ReferenceConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from t5_book.attention import MultiHeadAttention, attention_weights
 from t5_book.masks import causal_mask, expand_padding_mask
+from tests.conftest import SIZES, difference, padding_masks
 
 DIM, HEADS, DIM_HEAD = SIZES["dim"], SIZES["heads"], SIZES["dim_head"]
 # A mask that broadcasts along the wrong axes fits by accident where the batch is

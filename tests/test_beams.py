@@ -5,15 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from writers import (
-    FAMILIES,
-    VOCAB,
-    cut,
-    make_ending_writers,
-    sources,
-    with_ids,
-    write_with_reference,
-)
 
 from t5_book.beams import (
     Beams,
@@ -26,6 +17,15 @@ from t5_book.beams import (
 )
 from t5_book.generation import generate
 from t5_book.t5 import T5
+from tests.conftest import (
+    FAMILIES,
+    VOCAB,
+    cut,
+    make_ending_writers,
+    sources,
+    with_ids,
+    write_with_reference,
+)
 
 pytestmark = pytest.mark.rounding
 

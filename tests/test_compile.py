@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hugging_face import difference, padding_masks, random_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor
 from torch.export import Dim, export
 
 from t5_book.t5 import T5
+from tests.conftest import difference, padding_masks, random_ids
 
 SIDE = dict(num_tokens=64, depth=1, heads=4, dim_head=8, mlp_mult=2)
 # Batch and lengths: some equal each other, and the heads, and the batch.

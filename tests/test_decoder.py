@@ -4,29 +4,27 @@ from functools import partial
 
 import pytest
 import torch
-from hugging_face import (
-    LENGTHS,
-    SIZES,
-    difference,
-    make_pair,
-    padding_masks,
-)
-from stacks import (
-    KINDS,
-    long,
-    make_umt5_pair,
-    record_dropouts,
-    set_dropout,
-    small,
-    vectors,
-    with_large_biases,
-)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from t5_book.decoder import Decoder
 from t5_book.masks import causal_mask
 from t5_book.relative_position import RelativePositionBias
+from tests.conftest import (
+    KINDS,
+    LENGTHS,
+    SIZES,
+    difference,
+    long,
+    make_pair,
+    make_umt5_pair,
+    padding_masks,
+    record_dropouts,
+    set_dropout,
+    small,
+    vectors,
+    with_large_biases,
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)

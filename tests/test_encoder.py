@@ -2,27 +2,25 @@
 
 import pytest
 import torch
-from hugging_face import (
+from torch import nn
+
+from t5_book.encoder import Encoder
+from t5_book.relative_position import RelativePositionBias
+from tests.conftest import (
+    KINDS,
     LENGTHS,
     SIZES,
     difference,
-    make_pair,
-    padding_masks,
-)
-from stacks import (
-    KINDS,
     long,
+    make_pair,
     make_umt5_pair,
+    padding_masks,
     record_dropouts,
     set_dropout,
     small,
     vectors,
     with_large_biases,
 )
-from torch import nn
-
-from t5_book.encoder import Encoder
-from t5_book.relative_position import RelativePositionBias
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -5,7 +5,10 @@
 
 import pytest
 import torch
-from hugging_face import (
+from torch.nn.utils import get_total_norm
+
+from t5_book.t5 import T5
+from tests.conftest import (
     FAMILIES,
     PAIRS,
     RELEASED,
@@ -19,9 +22,6 @@ from hugging_face import (
     random_ids,
     their_logits,
 )
-from torch.nn.utils import get_total_norm
-
-from t5_book.t5 import T5
 
 pytestmark = pytest.mark.rounding
 

@@ -1,11 +1,11 @@
 """The exporter: what it makes of cells, and what it refuses."""
 
 import pytest
-from small_book import FIRST_LINE, cell, export, make_book
 
 from book import BookError, read_chapters
 from export import export as export_book
 from export import main
+from tests.small_book import FIRST_LINE, cell, export, make_book
 
 START = export('"""A module."""\n\nimport math\n\n__all__ = []')
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hugging_face import SIZES, difference
 from torch import nn
 from torch.nn import functional as F
 from transformers import T5Config as ReferenceConfig
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
 
 from t5_book.feed_forward import FEED_FORWARDS
+from tests.conftest import SIZES, difference
 
 DIM, HIDDEN = SIZES["dim"], 2 * SIZES["dim"]
 REFERENCES = {"relu": T5DenseActDense, "gated-gelu": T5DenseGatedActDense}

@@ -4,24 +4,12 @@ from io import StringIO
 
 import pytest
 import torch
-from hugging_face import difference
 from torch import nn
 from transformers import TextStreamer
 from transformers.generation import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
-)
-from writers import (
-    FAMILIES,
-    VOCAB,
-    choose_eos,
-    cut,
-    make_ending_writers,
-    sources,
-    with_ids,
-    write_slowly,
-    write_with_reference,
 )
 
 from t5_book.byte_tokenizer import ByteTokenizer
@@ -36,6 +24,18 @@ from t5_book.generation import (
 from t5_book.inference import evaluating
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
+from tests.conftest import (
+    FAMILIES,
+    VOCAB,
+    choose_eos,
+    cut,
+    difference,
+    make_ending_writers,
+    sources,
+    with_ids,
+    write_slowly,
+    write_with_reference,
+)
 
 pytestmark = pytest.mark.rounding
 

@@ -10,10 +10,10 @@ from collections import Counter
 from graphlib import TopologicalSorter
 
 import pytest
-from small_book import ROOT
 
 import t5_book
 from book import read_chapters
+from tests.small_book import ROOT
 
 MODULES = sorted(path for path in (ROOT / "t5_book").glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text("utf-8")) for path in MODULES}

@@ -1,10 +1,10 @@
 """The page "Paper and code": what the chapters say, with proofs that exist."""
 
 import pytest
-from small_book import ROOT, cell, make_book
 
 from book import BookError, read_chapters
 from ledger import HEADER, HEADING, main, write_page
+from tests.small_book import ROOT, cell, make_book
 
 ROW = r"| t5x | divides \| halves | multiplies | [assert](#product) |"
 PROOF = "\n(product)=\nThe product:\n" + cell("assert 2 * 3 == 6")

@@ -3,10 +3,10 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from small_book import ROOT
 
 from book import chapter_paths
 from draw_maps import BOXES, CHAPTERS, LIT, draw_map
+from tests.small_book import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
 

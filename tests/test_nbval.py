@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from jupytext.cli import jupytext
-from small_book import ROOT, cell, export, make_book, replace
 
 from book import chapter_paths, code_of, read_notebook
 from export import main as export_book
 from outputs import cell_key, is_compared, stored_texts
 from run import main as run_book
+from tests.small_book import ROOT, cell, export, make_book, replace
 
 pytest_plugins = ["pytester"]
 FIRST = [

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hugging_face import padding_masks, random_ids
 from torch import nn
 
 from t5_book import one_page_t5
 from t5_book.generation import generate
 from t5_book.t5 import T5
+from tests.conftest import padding_masks, random_ids
 
 SHAPE = dict(vocab_size=60, dim=24, mlp_dim=64, heads=4, dim_head=8)
 KINDS = {

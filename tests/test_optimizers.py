@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_training import small_t5
 
 from t5_book import T5
 from t5_book.optimizers import (
@@ -17,6 +16,7 @@ from t5_book.optimizers import (
 )
 from t5_book.relative_position import RelativePositionBias
 from t5_book.schedules import inverse_sqrt_schedule
+from tests.test_training import small_t5
 
 # --- Adafactor ------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hugging_face import SIZES, difference, make_ours, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,6 +17,7 @@ from t5_book.objectives import (
     ul2_denoising,
 )
 from t5_book.packing import PackedBatch, batch_logits, pack, packed_logits
+from tests.conftest import SIZES, difference, make_ours, make_pair
 
 UNTIED = dict(feed_forward="gated-gelu", tie_head=False)
 FAMILIES = {

@@ -16,14 +16,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from hugging_face import (
-    FAMILIES,
-    SMALL,
-    difference,
-    make_family,
-    padded,
-    their_logits,
-)
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
@@ -31,6 +23,14 @@ from t5_book import T5, T5Config, load_pretrained, save_pretrained
 from t5_book.conversion import our_config, our_name, released_config, released_name
 from t5_book.presets import PRESETS
 from t5_book.pretrained import StoredTensor, build, released_tensors
+from tests.conftest import (
+    FAMILIES,
+    SMALL,
+    difference,
+    make_family,
+    padded,
+    their_logits,
+)
 
 TABLE, HEAD = "shared.weight", "lm_head.weight"
 COPIES = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
@@ -49,7 +49,7 @@ OURS = dict(
 def releases(tmp_path_factory):
     """For each family: ours, the reference, and the folder that it saved.
 
-    Ours has its weights by another table of names: tests/hugging_face.py.
+    Ours has its weights by another table of names: tests/conftest.py.
     """
     made = {}
     for family in FAMILIES:
@@ -185,7 +185,7 @@ def test_from_files(release, layout):
     layout(reference, folder)
     model = T5.from_pretrained(folder)
     assert_same(model, ours)
-    # The reference of tests/hugging_face.py does not scale an untied UMT5.
+    # The reference of tests/conftest.py does not scale an untied UMT5.
     assert difference(our_logits(model, *BATCH), their_logits(reference, *BATCH).detach()) <= 1e-5
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hugging_face import SIZES, difference, padding_masks
 from transformers import T5Config as ReferenceConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -14,6 +13,7 @@ from t5_book.relative_position import (
     distance_bucket,
     relative_position_bucket,
 )
+from tests.conftest import SIZES, difference, padding_masks
 
 DIM, HEADS, DIM_HEAD = SIZES["dim"], SIZES["heads"], SIZES["dim_head"]
 SETTINGS = [(32, 128), (16, 64), (32, 20), (8, 128), (20, 100), (64, 512)]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hugging_face import SIZES, difference
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from t5_book.rms_norm import RMSNorm
+from tests.conftest import SIZES, difference
 
 DIM = SIZES["dim"]
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,11 +9,11 @@ import sys
 import time
 
 import pytest
-from small_book import ROOT, cell, export, make_book, replace
 
 import run as runner
 from book import read_chapters
 from export import main as export_book
+from tests.small_book import ROOT, cell, export, make_book, replace
 
 MODULE = export('"""A module."""\n__all__ = []\n\n\ndef one():\n    return 1')
 MEET = """

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from small_book import ROOT
 
 from book import chapter_paths, code_of, read_notebook
 from book_site import switch_buttons
+from tests.small_book import ROOT
 
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hugging_face import padding_masks
-from hugging_face import random_ids as ids
 from torch import nn
 
 from t5_book.config import T5Config
 from t5_book.presets import PRESETS
 from t5_book.t5 import T5
+from tests.conftest import padding_masks
+from tests.conftest import random_ids as ids
 
 GATED = {"feed_forward": "gated-gelu", "tie_head": False}
 TINY = dict(
