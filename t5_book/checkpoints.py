@@ -1,122 +1,513 @@
-"""Checkpoints: the whole state of a training run, in one file.
+"""Checkpoints that survive: all that a training run needs to go on, on disk.
 
-Built in chapter 18, "A training loop that can be stopped and resumed"
-(chapters/training.md). Edit the chapter, not this file.
+Built in chapter 18, "Checkpoints that survive" (chapters/checkpoints.md).
+Edit the chapter, not this file.
 """
 
-import errno
-from collections.abc import Sequence
-from itertools import zip_longest
+import hashlib
+import json
+import re
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = []
+from t5_book.batches import Batch
+from t5_book.checks import check_integer
+from t5_book.packing import PackedBatch
+from t5_book.pretrained import (
+    naming_damage,
+    write_safetensors,
+    write_through,
+)
 
-PARTS = {
-    "step": int,
-    "history": list,
-    "model": dict,
-    "optimizers": list,
-    "places": list,  # in which optimizer and group each parameter is
-    "rng": Tensor,
-    "cuda_rng": list,
-}
-
-
-def write_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint; until it's complete, the old one stays."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+__all__ = ["Checkpoints"]
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint, on the CPU, without running code from the file.
+def full_rate(step: int) -> float:
+    """The default schedule: the rates stay as they are."""
+    return 1.0
+
+
+@dataclass(eq=False, repr=False)
+class Run:
+    """A training run: what it works with, and how far it is.
+
+    ``Trainer`` is one. The random numbers belong to it, too; torch keeps them.
+    """
+
+    model: nn.Module  # a T5
+    batches: Callable[[int], Batch | PackedBatch]
+    optimizers: Sequence[Optimizer]
+    schedule: Callable[[int], float] = full_rate
+    clip: float = 1.0
+    step: int = 0  # steps done
+    history: list[dict] = field(default_factory=list)
+    # loss and length of the gradient in each step since the last record
+    recent: list[tuple[float, float]] = field(default_factory=list)
+    half_done: bool = False  # stopped while the weights were changing
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The state of the random numbers, on the CPU and on a GPU."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
+    """Put the random numbers to where ``random_state`` found them."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) == 2:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def names_of(model: nn.Module) -> dict[Tensor, str]:
+    """The name of each weight, the same whether the model is compiled or not."""
+    names: dict[Tensor, str] = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        # A tied weight has several names; the first is kept.
+        names.setdefault(weight, name.replace("_orig_mod.", ""))
+    return names
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Each weight of the model once, and not a copy."""
+    return {name: weight.detach() for weight, name in names_of(model).items()}
+
+
+def shapes_of(weights: dict[str, Tensor]) -> dict[str, str]:
+    """Which weights there are, as settings."""
+    return {f"weight {name}": f"{w.dtype} {tuple(w.shape)}" for name, w in weights.items()}
+
+
+def settings_of(run: Run, step: int) -> dict:
+    """What must agree for a run to go on at a step: plain values by name."""
+    settings = {f"{k} of the model": v for k, v in asdict(run.model.config).items()}
+    settings["device of the model"] = run.device.type
+    settings["clip of the gradient"] = run.clip
+    names = names_of(run.model)
+    for i, optimizer in enumerate(run.optimizers):
+        settings[f"type of optimizer {i}"] = type(optimizer).__name__
+        for j, group in enumerate(optimizer.param_groups):
+            place = f"optimizer {i}, group {j}"
+            for k, parameter in enumerate(group["params"]):
+                settings[f"parameter {k} of {place}"] = names.get(parameter, "no weight")
+            for name, value in group.items():
+                if name not in ("params", "initial_lr"):
+                    settings[f"{name} of {place}"] = value
+            # where a schedule moves the rate, the one that was chosen
+            settings[f"lr of {place}"] = group.get("initial_lr", group.get("lr"))
+    for at in sorted({step, *(2**k for k in range(21))}):
+        try:
+            settings[f"schedule at step {at}"] = float(run.schedule(at))
+        except LookupError:  # a table that ends before
+            settings[f"schedule at step {at}"] = "unknown"
+    settings[f"batches at step {step}"] = fingerprint(run, step)
+    return json.loads(json.dumps(settings, default=plain))
+
+
+def plain(value) -> float | str:
+    """A number of torch or numpy, or anything, for JSON."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def fingerprint(run: Run, step: int) -> str:
+    """A hash of the batch of a step; "unknown" if there is none."""
+    before = random_state(run.device)
+    try:
+        batch = run.batches(step)
+    except Exception:  # it's the end of the data, or the step will tell
+        return "unknown"
+    finally:
+        set_random_state(before, run.device)
+    digest = hashlib.sha256()
+    for part in batch:
+        digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        digest.update(part.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# What a run can't go on without: each weight, and its place in the optimizers.
+FIXED = {"weight", "parameter", "type"}
+
+
+def check_settings(path: Path, there: dict, here: dict, allow: Sequence[str]) -> None:
+    """Refuse to go on from a checkpoint of other settings.
+
+    Args:
+        path: of the checkpoint.
+        there, here: what ``settings_of`` gave then and gives now.
+        allow: what may differ, such as ``["lr", "schedule"]``: the first
+            words of their names.
 
     Raises:
-        OSError: if the file can't be read.
-        ValueError: if it is damaged, or not a checkpoint.
+        ValueError: if something else differs.
+    """
+    known = {name.split()[0] for name in there | here} - FIXED
+    if unknown := set(allow) - known:
+        raise ValueError(f"allow has {sorted(unknown)}; pass some of {sorted(known)}")
+    lines, kinds = [], {}
+    for name in there | here:
+        old, new = there.get(name, "missing"), here.get(name, "missing")
+        kind = name.split()[0]
+        if old != new and "unknown" not in (old, new) and kind not in allow:
+            lines.append(f"  {name} is {old} there and {new} here")
+            kinds[kind] = None
+    if not lines:
+        return
+    advice = f"make it as it was, or call resume(allow={list(kinds)})"
+    if FIXED & kinds.keys():
+        advice = "make model and optimizers as they were, or use another folder"
+    if len(lines) > 8:
+        lines[8:] = [f"  ... and {len(lines) - 8} more"]
+    raise ValueError(f"{path} is of another run; {advice}:\n" + "\n".join(lines))
+
+
+FILES = ("config.json", "model.safetensors", "settings.json", "training.pt")
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
+def sum_lines(folder: Path) -> list[str]:
+    """The lines of ``SHA256SUMS``, in the format of the program ``sha256sum``."""
+    lines = []
+    for name in FILES:
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {name}\n")
+    return lines
+
+
+def write_checkpoint(folder: Path, run: Run) -> None:
+    """Write the files of a checkpoint, and wait until they are on the disk."""
+    (folder / "config.json").write_text(run.model.config.to_json())
+    weights = weights_of(run.model)
+    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    (folder / "settings.json").write_text(json.dumps(settings_of(run, run.step), indent=1))
+    training = {
+        "step": run.step,
+        "history": run.history,
+        "recent": run.recent,
+        "random": random_state(run.device),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+    }
+    for state in training["optimizers"]:
+        del state["param_groups"]  # the settings have what's in them
+    try:
+        with (folder / "training.pt").open("wb") as file:
+            torch.save(training, file)
+    except RuntimeError as error:
+        # torch hides what the disk said behind a complaint of its own.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
+    (folder / "SHA256SUMS").write_text("".join(sum_lines(folder)))
+    for name in (*FILES, "SHA256SUMS"):
+        write_through(folder / name)
+    write_through(folder)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict, dict]:
+    """Read weights, settings and training state; runs no code from a file.
+
+    Raises:
+        DamagedCheckpoint: if a file is missing or is not what was written.
+        OSError: if a file can't be read.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file breaks in many ways
-        # A good file that can't be read is another matter. But torch looks for
-        # the end of a file that was cut short before its beginning: EINVAL.
-        unread = isinstance(error, OSError) and error.errno != errno.EINVAL
-        if unread or isinstance(error, MemoryError):
-            raise
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint of a Trainer "
-            f"({type(error).__name__}); use another folder for a new run"
-        ) from error
-    found = state if isinstance(state, dict) else {}
-    lacking = [
-        name for name, kind in PARTS.items() if not isinstance(found.get(name), kind)
-    ]
-    if lacking:
-        raise ValueError(
-            f"{path} is not a checkpoint of a Trainer: it has no {', '.join(lacking)}; "
-            "use another folder for a new run"
-        )
-    return state
+        found = (folder / "SHA256SUMS").read_bytes().splitlines(keepends=True)
+        expected = [line.encode() for line in sum_lines(folder)]
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{error.filename} is missing") from None
+    for name, line in zip(FILES, expected):
+        if line not in found:
+            raise DamagedCheckpoint(
+                f"{folder / name} is damaged: it is not what SHA256SUMS says"
+            )
+    if found != expected:
+        raise DamagedCheckpoint(f"{folder / 'SHA256SUMS'} is damaged")
+    weights = load_file(folder / "model.safetensors")
+    settings = json.loads((folder / "settings.json").read_text())
+    with naming_damage(folder / "training.pt"):
+        training = torch.load(folder / "training.pt", "cpu", weights_only=True)
+    return weights, settings | shapes_of(weights), training
 
 
-def places_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
-    """Say in which optimizer and group each parameter is, in their order."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    places = []
-    for i, optimizer in enumerate(optimizers):
-        for j, group in enumerate(optimizer.param_groups):
-            place = f"optimizer {i} ({type(optimizer).__name__}), group {j}"
-            found = [names.get(p, "a parameter of no name") for p in group["params"]]
-            for name in found or ["nothing"]:
-                places.append(f"{name} in {place}")
-    return places
+class Checkpoints:
+    """The checkpoints of one run, in a folder.
 
+    Each is a folder ``step-000100``, which ``write_checkpoint`` fills. What
+    was damaged, or left behind when a run went back, is called ``aside-...``.
 
-def check_fit(
-    path: Path, state: dict, model: nn.Module, optimizers: Sequence[Optimizer]
-) -> None:
-    """Refuse a checkpoint of another model, other optimizers or more GPUs.
+    Args:
+        folder: where they are; None: nothing is saved.
+        keep: how many stay; default 3, the newest.
+
+    Attributes:
+        last: path of the checkpoint that this run has last saved or loaded.
 
     Raises:
-        ValueError: if it does not fit.
+        ValueError: if ``keep`` is no integer of at least 1.
     """
-    own, saved = model.state_dict(), state["model"]
-    for name in own | saved:
-        here, there = _describe(own.get(name)), _describe(saved.get(name))
-        if here != there:
-            raise ValueError(
-                f"{path} is of another model: {name} is {there} in the file and "
-                f"{here} here; make the model as it was, or use another folder"
+
+    def __init__(self, folder: str | Path | None, keep: int = 3):
+        check_integer("keep", keep, 1)
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.keep = keep
+        self.last: Path | None = None
+        self.lock = FileLock(self.folder / ".lock") if folder is not None else None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other writers out, and remove what dead ones have left.
+
+        Raises:
+            RuntimeError: if another one is writing.
+            OSError: if nothing can be written there.
+        """
+        if self.folder is None:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = self.lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"another program or Trainer is writing to {self.folder}; wait for it, "
+                "or use another folder"
+            ) from None
+        with lock:
+            for part in self.folder.glob(".part-*"):
+                shutil.rmtree(part)
+            yield
+
+    def paths(self) -> list[Path]:
+        """The checkpoints, the newest first."""
+        if self.folder is None:
+            return []
+        found = [p for p in self.folder.glob("step-*") if step_of(p) is not None]
+        return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
+
+    def advice(self, run: Run) -> str:
+        """Where to go back to, for the end of the message of an error."""
+        if self.last is None:
+            return "there is no checkpoint to go back to"
+        older = [step_of(path) for path in self.paths() if step_of(path) < run.step]
+        if step_of(self.last) == run.step and older:
+            return (
+                f"it comes right after {self.last}, which may be spoilt; "
+                f"resume(step={older[0]}) goes back to the checkpoint before"
             )
-    places = places_of(model, optimizers)
-    pairs = zip_longest(state["places"], places, fillvalue="missing")
-    for number, (there, here) in enumerate(pairs):
-        if here != there:
-            raise ValueError(
-                f"{path} is of other optimizers: parameter {number} of the file is "
-                f"{there}, and here {here}; make them as they were, or use another "
-                "folder"
+        return f"the last good checkpoint is {self.last}; resume() goes back to it"
+
+    def save(self, run: Run) -> None:
+        """Save a run, and let go of all checkpoints but the newest.
+
+        Raises:
+            FloatingPointError: if a weight is not finite; nothing is saved then.
+            RuntimeError: if the run stands in the middle of a step, or if it
+                does not continue the newest checkpoint of the folder.
+            OSError: if the disk is full or broken; the old checkpoints stay.
+        """
+        self.check_mine(run)
+        for name, weight in weights_of(run.model).items():
+            if not weight.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {run.step}, so nothing was saved; "
+                    f"{self.advice(run)}"
+                )
+        if self.folder is None:
+            return
+        with self.writing():
+            with TemporaryDirectory(prefix=".part-", dir=self.folder) as part:
+                new = Path(part, "checkpoint")
+                new.mkdir()
+                write_checkpoint(new, run)
+                self.last = new.rename(free_name(self.folder / f"step-{run.step:06}"))
+            write_through(self.folder)
+            self.write_log(run.history)
+            for old in self.paths()[self.keep :]:
+                with TemporaryDirectory(prefix=".part-", dir=self.folder) as part:
+                    old.rename(Path(part, old.name))
+
+    def check_mine(self, run: Run) -> None:
+        """Refuse to go on from half a step, or beside another run's checkpoints.
+
+        Raises:
+            RuntimeError: if that is so.
+        """
+        if run.half_done:
+            raise RuntimeError(
+                f"step {run.step} was stopped while the weights were changing; call "
+                "resume(), or make model and optimizers anew"
             )
-    if len(state["optimizers"]) != len(optimizers):
-        raise ValueError(
-            f"{path} has the state of {len(state['optimizers'])} optimizers, and "
-            f"{len(optimizers)} are here; make them as they were"
-        )
-    gpus = torch.cuda.device_count()
-    if len(state["cuda_rng"]) > gpus:
-        raise ValueError(
-            f"{path} has the random state of {len(state['cuda_rng'])} GPUs, and "
-            f"{gpus} are here; resume where there are as many"
-        )
+        for newest in self.paths()[:1]:
+            if newest != self.last:
+                raise RuntimeError(
+                    f"{self.folder} has checkpoints up to {newest.name}, and this run does "
+                    "not go on from there; call resume(), or use another folder"
+                )
+
+    def write_log(self, history: list[dict]) -> None:
+        """Write ``log.jsonl``, a line for each record, unless it is up to date."""
+        log = self.folder / "log.jsonl"
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
+        if not log.exists() or log.read_text() != text:
+            with TemporaryDirectory(prefix=".part-", dir=self.folder) as part:
+                new = Path(part, "log.jsonl")
+                new.write_text(text)
+                write_through(new)
+                new.replace(log)
+
+    def load(self, run: Run, step: int | None = None, allow: Sequence[str] = ()) -> bool:
+        """Bring a run to where a checkpoint is; an error leaves it as it was.
+
+        Newer checkpoints, damaged or skipped, are renamed to ``aside-...``.
+
+        Args:
+            run: made with the same choices as the one that was saved.
+            step: which checkpoint; default: the newest that is whole.
+            allow: what may differ, such as ``["lr", "schedule"]``; the values of
+                ``run`` then hold.
+
+        Returns:
+            Whether there was a checkpoint.
+
+        Raises:
+            DamagedCheckpoint: if none is whole.
+            ValueError: if there is none of that step, or if ``run`` is not the
+                run that was saved; the message has all differences.
+            RuntimeError: if another program is writing there.
+            OSError: if a file can't be read.
+        """
+        if self.folder is None or not self.folder.exists():
+            return False
+        with self.writing():
+            found = self.find(step)
+            if found is None:
+                return False
+            path, newer, weights, settings, training = found
+            own = weights_of(run.model)
+            here = settings_of(run, training["step"]) | shapes_of(own)
+            check_settings(path, settings, here, allow)
+            for other in newer:
+                other.rename(free_name(other.with_name(f"aside-{other.name}")))
+            self.write_log(training["history"])
+
+            # Into the tensors that are there: so what is tied stays tied.
+            for name, weight in weights.items():
+                own[name].copy_(weight)
+            for optimizer, state in zip(run.optimizers, training["optimizers"]):
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(state | {"param_groups": groups})
+            run.step, run.history = training["step"], training["history"]
+            run.recent, run.half_done = training["recent"], False
+            set_random_state(training["random"], run.device)
+            self.last = path
+            return True
+
+    def find(self, step: int | None) -> tuple | None:
+        """The newest checkpoint that is whole, those newer than it, and its content."""
+        damage, newer = [], []
+        for path in self.paths():
+            if step in (None, step_of(path)):
+                try:
+                    content = read_checkpoint(path)
+                except DamagedCheckpoint as error:
+                    damage.append(str(error))
+                else:
+                    for line in damage:
+                        warnings.warn(f"{line}; going back to {path.name}", stacklevel=4)
+                    return path, newer, *content
+            newer.append(path)
+        if damage:
+            raise DamagedCheckpoint("; ".join(damage) + "; no whole checkpoint is left")
+        if step is not None:
+            names = ", ".join(path.name for path in newer) or "none"
+            raise ValueError(f"{self.folder} has no checkpoint of step {step}; it has {names}")
+        return None
+
+    @contextmanager
+    def guarding(self, run: Run) -> Iterator[threading.Event]:
+        """What stands around the steps of a run: the lock, and Ctrl-C.
+
+        Yields:
+            An event. Once it is set, finish the step and leave; the run is then
+            saved, and the KeyboardInterrupt goes on.
+
+        Raises:
+            RuntimeError, OSError: as ``writing`` and ``check_mine``, at once.
+        """
+        with self.writing():
+            self.check_mine(run)
+            with ctrl_c_waits() as asked:
+                yield asked
+            if asked.is_set():
+                if self.last is None or step_of(self.last) != run.step:
+                    self.save(run)
+                saved = f", saved as {self.last}" if self.last else ""
+                raise KeyboardInterrupt(f"stopped after step {run.step}{saved}")
 
 
-def _describe(weight):
-    """Type and shape of a weight."""
-    if not isinstance(weight, Tensor):
-        return "missing"
-    return f"{weight.dtype} {tuple(weight.shape)}"
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint, from its name; None if it is none."""
+    found = re.fullmatch(r"step-(\d{6,})\+*", path.name)
+    return int(found[1]) if found else None
+
+
+def free_name(path: Path) -> Path:
+    """The path, or if there is something already, one with a plus after it."""
+    while path.exists():
+        path = path.with_name(path.name + "+")
+    return path
+
+
+@contextmanager
+def ctrl_c_waits() -> Iterator[threading.Event]:
+    """Inside, the first Ctrl-C only sets an event; the second stops at once."""
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        signal.signal(signal.SIGINT, before)
+        asked.set()
+
+    # Python lets only the main thread do this. And who has switched Ctrl-C off,
+    # as nohup does, or has an answer of their own, keeps it.
+    main = threading.current_thread() is threading.main_thread()
+    if main and before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def rewinding(device: torch.device) -> Iterator[None]:
+    """If the block fails, put the random numbers back to where they were."""
+    before = random_state(device)
+    try:
+        yield
+    except BaseException:
+        set_random_state(before, device)
+        raise

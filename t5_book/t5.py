@@ -57,6 +57,8 @@ class T5(nn.Module):
         nn.init.normal_(self.head.weight, std=config.dim**-0.5)
         if config.tie_head:
             self.head.weight = self.dec_emb.weight
+            # load_state_dict(assign=True) gives the head a tensor of its own.
+            self.register_load_state_dict_post_hook(_tie_again)
 
     def encode(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:
         """Read the source.
@@ -182,3 +184,8 @@ class T5(nn.Module):
         check_ids("label", known, self.config.dec_num_tokens)
         logits = self(src, self.shift_right(labels), mask)  # [b t v]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
+
+
+def _tie_again(model: nn.Module, _) -> None:
+    """Make the target's embedding the head again, after weights were loaded."""
+    model.head.weight = model.dec_emb.weight

@@ -1,6 +1,6 @@
 """Training: a loop that logs, and that can be stopped and resumed.
 
-Built in chapter 18, "A training loop that can be stopped and resumed"
+Built in chapter 19, "A training loop that can be stopped and resumed"
 (chapters/training.md). Edit the chapter, not this file.
 """
 
@@ -8,18 +8,12 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from t5_book.batches import Batch
-from t5_book.checkpoints import (
-    check_fit,
-    places_of,
-    read_checkpoint,
-    write_checkpoint,
-)
+from t5_book.checkpoints import Checkpoints, Run, full_rate, rewinding
 from t5_book.checks import check_integer
 from t5_book.losses import batch_loss
 from t5_book.packing import PackedBatch
@@ -27,17 +21,12 @@ from t5_book.packing import PackedBatch
 __all__ = ["Trainer"]
 
 
-def full_rate(step: int) -> float:
-    """The default schedule: the rates stay as they are."""
-    return 1.0
-
-
 def measure_nothing(model: nn.Module) -> dict:
     """The default measurement of ``Trainer.fit``."""
     return {}
 
 
-class Trainer:
+class Trainer(Run):
     """Train a ``T5``, with evaluation, logging, checkpoints and resuming.
 
     Args:
@@ -50,16 +39,18 @@ class Trainer:
         loss: maps model and batch to the scalar to minimise; default:
             ``batch_loss``, the mean cross-entropy.
         clip: longest gradient, as the norm over all weights; default 1.
-        folder: where ``checkpoint.pt`` and ``log.jsonl`` are kept; default:
-            nothing is saved.
+        folder: where checkpoints and ``log.jsonl`` are kept; default: nothing
+            is saved.
+        keep: how many checkpoints stay there; default 3, the newest.
 
     Attributes:
         step: number of steps done.
         history: the records that ``fit`` has made.
         gradient_norm: norm of the last step's gradient, before clipping.
+        checkpoints: those in the folder.
 
     Raises:
-        ValueError: if ``clip`` is not above 0.
+        ValueError: if ``clip`` is not above 0, or ``keep`` not at least 1.
     """
 
     def __init__(
@@ -72,18 +63,13 @@ class Trainer:
         loss: Callable[[nn.Module, Batch | PackedBatch], Tensor] = batch_loss,
         clip: float = 1.0,
         folder: str | Path | None = None,
+        keep: int = 3,
     ):
         if not clip > 0:
             raise ValueError(f"clip is {clip}; pass a number above 0")
-        self.model = model
-        self.batches = batches
-        self.optimizers = optimizers
-        self.schedule = schedule
+        super().__init__(model, batches, optimizers, schedule, clip)
         self.loss = loss
-        self.clip = clip
-        self.folder = None if folder is None else Path(folder)
-        self.step = 0
-        self.history: list[dict] = []
+        self.checkpoints = Checkpoints(folder, keep)
         self.gradient_norm = 0.0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -96,26 +82,30 @@ class Trainer:
             FloatingPointError: if the loss or its gradient is not finite; the
                 weights are then as they were.
         """
-        device = next(self.model.parameters()).device
-        batch = self.batches(self.step).to(device)
+        batch = self.batches(self.step).to(self.device)
         factor = self.schedule(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         self.model.train()
         self.model.zero_grad()
-        loss = self.loss(self.model, batch)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        if not (loss + norm).isfinite():
-            raise FloatingPointError(
-                f"the loss is {loss.item():.4g}, its gradient {norm.item():.4g} at step "
-                f"{self.step}; lower the learning rate, or look for an empty batch"
-            )
+        with rewinding(self.device):
+            loss = self.loss(self.model, batch)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            if not (loss + norm).isfinite():
+                raise FloatingPointError(
+                    f"the loss is {loss.item():.4g}, its gradient {norm.item():.4g} at step "
+                    f"{self.step}; lower the learning rate, or look for an empty batch; "
+                    f"{self.checkpoints.advice(self)}"
+                )
+            self.half_done = True
         for optimizer in self.optimizers:
             optimizer.step()
         self.gradient_norm = norm.item()
+        self.recent.append((loss.item(), self.gradient_norm))
         self.step += 1
+        self.half_done = False
         return loss.item()
 
     def fit(
@@ -125,6 +115,8 @@ class Trainer:
         every: int = 100,
     ) -> list[dict]:
         """Train until ``steps`` steps are done, in all.
+
+        The first Ctrl-C finishes the step and saves; a second stops at once.
 
         Args:
             steps: where to stop, counted from the very first step.
@@ -138,72 +130,69 @@ class Trainer:
             clipping) and what ``measure`` returns.
 
         Raises:
-            ValueError: if ``every`` is not an integer of at least 1.
-            FloatingPointError: as ``train_step``.
+            ValueError: if ``every`` is not an integer of at least 1, or if
+                ``measure`` returns what a record has already.
+            FloatingPointError: as ``train_step`` and ``save``.
+            RuntimeError: if another program writes to the folder, or if the
+                folder's run or a step that was stopped must be resumed first.
+            OSError: if the folder can't be written to, at once; or later, if the
+                disk is full.
         """
         check_integer("every", every, 1)
-        losses, norms = [], []
-        with tqdm(total=steps, initial=self.step, desc="Training") as bar:
-            while self.step < steps:
-                losses.append(self.train_step())
-                norms.append(self.gradient_norm)
+        bar = tqdm(total=steps, initial=self.step, desc="Training")
+        with bar, self.checkpoints.guarding(self) as asked_to_stop:
+            while self.step < steps and not asked_to_stop.is_set():
+                self.train_step()
                 bar.update()
                 if self.step % every == 0 or self.step == steps:
-                    record = {
-                        "step": self.step,
-                        "train_loss": sum(losses) / len(losses),
-                        "gradient_norm": sum(norms) / len(norms),
-                    }
-                    record |= measure(self.model)
-                    # Through JSON and back: a checkpoint holds plain numbers only.
-                    self.history.append(json.loads(json.dumps(record, default=float)))
-                    self.save()
-                    bar.set_postfix(loss=f"{record['train_loss']:.3f}")
-                    losses, norms = [], []
+                    self.record(measure)
+                    bar.set_postfix(loss=f"{self.history[-1]['train_loss']:.3f}")
         return self.history
 
-    def save(self) -> None:
-        """Write checkpoint and log, if the trainer has a folder."""
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = {
+    def record(self, measure: Callable[[nn.Module], dict]) -> None:
+        """Add a record to the history, and save."""
+        losses, norms = zip(*self.recent)
+        record = {
             "step": self.step,
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "places": places_of(self.model, self.optimizers),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "train_loss": sum(losses) / len(losses),
+            "gradient_norm": sum(norms) / len(norms),
         }
-        write_checkpoint(self.folder / "checkpoint.pt", state)
-        lines = [json.dumps(record) + "\n" for record in self.history]
-        (self.folder / "log.jsonl").write_text("".join(lines))
+        self.recent = []
+        self.history.append(record)
+        try:
+            measured = measure(self.model)
+            if taken := sorted(record.keys() & measured.keys()):
+                raise ValueError(f"measure returned {taken}, which a record has already")
+            text = json.dumps(record | measured, default=float)
+            self.history[-1] = json.loads(text, parse_constant=lambda name: None)
+        finally:
+            self.save()
 
-    def resume(self) -> bool:
-        """Go on from the checkpoint in the folder, if there is one.
+    def save(self) -> None:
+        """Write checkpoint and log, if the trainer has a folder.
 
-        Weights, optimizers (with their rates), random numbers, step and history
-        are then those of the file. Nothing changes if there's an error.
+        Raises:
+            FloatingPointError: if a weight is not finite; nothing is written.
+            RuntimeError, OSError: as ``Checkpoints.save``.
+        """
+        self.checkpoints.save(self)
+
+    def resume(self, step: int | None = None, allow: Sequence[str] = ()) -> bool:
+        """Go on from the newest checkpoint in the folder that is whole, if any.
+
+        Weights, optimizers, random numbers, step and history are then those of
+        the checkpoint. Nothing changes if there's an error.
+
+        Args:
+            step: go back to the checkpoint of this step instead; those after it
+                are renamed.
+            allow: what may differ from the run that was saved, such as
+                ``["lr", "schedule"]``; what is here then holds.
 
         Returns:
             Whether there was a checkpoint.
 
         Raises:
-            OSError: if the file can't be read.
-            ValueError: if it is damaged or no checkpoint, or if it is of another
-                model, of other optimizers, or of more GPUs than there are.
+            ValueError, RuntimeError, OSError: as ``Checkpoints.load``.
         """
-        if self.folder is None or not (self.folder / "checkpoint.pt").exists():
-            return False
-        path = self.folder / "checkpoint.pt"
-        state = read_checkpoint(path)
-        check_fit(path, state, self.model, self.optimizers)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.step = state["step"]
-        self.history = state["history"]
-        return True
+        return self.checkpoints.load(self, step, allow)

@@ -42,6 +42,7 @@ CHAPTERS = {
     "pretrained": MODEL,
     "objectives": ("Span corruption is lit.", "spans"),
     "optimizers": ("The optimizer is lit.", "optimizer"),
+    "checkpoints": ("The loss and the training are lit.", "training"),
     "training": ("The loss is lit.", "training"),
     "train_toy": (
         "Everything is lit.",
