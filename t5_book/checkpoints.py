@@ -133,13 +133,13 @@ def fingerprint(run: Run, step: int) -> str:
     """A hash of the batch of a step; "unknown" if there is none."""
     before = random_state(run.device)
     try:
-        batch = run.batches(step)
+        parts = [part for part in run.batches(step) if isinstance(part, Tensor)]
     except Exception:  # it's the end of the data, or the step will tell
         return "unknown"
     finally:
         set_random_state(before, run.device)
     digest = hashlib.sha256()
-    for part in batch:
+    for part in parts:
         digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
         digest.update(part.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
