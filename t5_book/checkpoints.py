@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
 from t5_book.batches import Batch
@@ -63,6 +64,19 @@ class Run:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def random_states(self) -> list[list[Tensor]]:
+        """The state of the random numbers, in each process of the run."""
+        return [random_state(self.device)]
+
+    def set_random_states(self, states: list[list[Tensor]]) -> None:
+        """Put the random numbers to where ``random_states`` found them."""
+        set_random_state(states[0], self.device)
+
+    def data_state(self) -> dict | None:
+        """Where the batches come from, if they come from a stream."""
+        stream = hasattr(self.batches, "state_dict")
+        return self.batches.state_dict() if stream else None
+
 
 def random_state(device: torch.device) -> list[Tensor]:
     """The state of the random numbers, on the CPU and on a GPU."""
@@ -91,6 +105,18 @@ def names_of(model: nn.Module) -> dict[Tensor, str]:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Each weight of the model once, and not a copy."""
     return {name: weight.detach() for weight, name in names_of(model).items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, which several processes may have parts of."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Write values into a tensor, or into this process's part of it."""
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values, tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
 
 
 def shapes_of(weights: dict[str, Tensor]) -> dict[str, str]:
@@ -130,7 +156,9 @@ def plain(value) -> float | str:
 
 
 def fingerprint(run: Run, step: int) -> str:
-    """A hash of the batch of a step; "unknown" if there is none."""
+    """A hash of the batch of a step; "unknown" if there is none, or in a stream."""
+    if run.data_state() is not None:
+        return "unknown"
     before = random_state(run.device)
     try:
         parts = [part for part in run.batches(step) if isinstance(part, Tensor)]
@@ -198,21 +226,51 @@ def sum_lines(folder: Path) -> list[str]:
     return lines
 
 
-def write_checkpoint(folder: Path, run: Run) -> None:
-    """Write the files of a checkpoint, and wait until they are on the disk."""
-    (folder / "config.json").write_text(run.model.config.to_json())
-    weights = weights_of(run.model)
-    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
-    (folder / "settings.json").write_text(json.dumps(settings_of(run, run.step), indent=1))
+def content_of(run: Run) -> tuple[dict, dict, dict]:
+    """What a checkpoint holds: weights, settings and training state."""
+    weights = {name: whole(weight) for name, weight in weights_of(run.model).items()}
     training = {
         "step": run.step,
         "history": run.history,
         "recent": run.recent,
-        "random": random_state(run.device),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "random": run.random_states(),
+        "data": run.data_state(),
+        "optimizers": [state_of(optimizer) for optimizer in run.optimizers],
     }
-    for state in training["optimizers"]:
-        del state["param_groups"]  # the settings have what's in them
+    return weights, settings_of(run, run.step), training
+
+
+def state_of(optimizer: Optimizer) -> dict:
+    """What an optimizer knows of each parameter; the settings have the rest."""
+    return {
+        number: {
+            name: whole(value) if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+        for number, state in optimizer.state_dict()["state"].items()
+    }
+
+
+def set_state(optimizer: Optimizer, states: dict) -> None:
+    """Give an optimizer what ``state_of`` found."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    alike = value.shape == parameter.shape
+                    kind = placements if alike else [Replicate()]
+                    state[name] = distribute_tensor(value, mesh, kind)
+
+
+def write_checkpoint(folder: Path, config: str, content: tuple) -> None:
+    """Write the files of a checkpoint, and wait until they are on the disk."""
+    weights, settings, training = content
+    (folder / "config.json").write_text(config)
+    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1))
     try:
         with (folder / "training.pt").open("wb") as file:
             torch.save(training, file)
@@ -260,6 +318,8 @@ class Checkpoints:
     Args:
         folder: where they are; None: nothing is saved.
         keep: how many stay; default 3, the newest.
+        writes: whether this process writes there; default True. Of several
+            that train together, one does.
 
     Attributes:
         last: path of the checkpoint that this run has last saved or loaded.
@@ -268,9 +328,10 @@ class Checkpoints:
         ValueError: if ``keep`` is no integer of at least 1.
     """
 
-    def __init__(self, folder: str | Path | None, keep: int = 3):
+    def __init__(self, folder: str | Path | None, keep: int = 3, writes: bool = True):
         check_integer("keep", keep, 1)
         self.folder = None if folder is None else Path(folder).expanduser()
+        self.writes = writes and folder is not None
         self.keep = keep
         self.last: Path | None = None
         self.lock = FileLock(self.folder / ".lock") if folder is not None else None
@@ -283,7 +344,7 @@ class Checkpoints:
             RuntimeError: if another one is writing.
             OSError: if nothing can be written there.
         """
-        if self.folder is None:
+        if not self.writes:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -328,19 +389,20 @@ class Checkpoints:
             OSError: if the disk is full or broken; the old checkpoints stay.
         """
         self.check_mine(run)
-        for name, weight in weights_of(run.model).items():
+        content = content_of(run)
+        for name, weight in content[0].items():
             if not weight.isfinite().all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {run.step}, so nothing was saved; "
                     f"{self.advice(run)}"
                 )
-        if self.folder is None:
+        if not self.writes:
             return
         with self.writing():
             with TemporaryDirectory(prefix=".part-", dir=self.folder) as part:
                 new = Path(part, "checkpoint")
                 new.mkdir()
-                write_checkpoint(new, run)
+                write_checkpoint(new, run.model.config.to_json(), content)
                 self.last = new.rename(free_name(self.folder / f"step-{run.step:06}"))
             write_through(self.folder)
             self.write_log(run.history)
@@ -360,7 +422,7 @@ class Checkpoints:
                 "resume(), or make model and optimizers anew"
             )
         for newest in self.paths()[:1]:
-            if newest != self.last:
+            if self.writes and newest != self.last:
                 raise RuntimeError(
                     f"{self.folder} has checkpoints up to {newest.name}, and this run does "
                     "not go on from there; call resume(), or use another folder"
@@ -408,19 +470,21 @@ class Checkpoints:
             own = weights_of(run.model)
             here = settings_of(run, training["step"]) | shapes_of(own)
             check_settings(path, settings, here, allow)
-            for other in newer:
-                other.rename(free_name(other.with_name(f"aside-{other.name}")))
-            self.write_log(training["history"])
+            if self.writes:
+                for other in newer:
+                    other.rename(free_name(other.with_name(f"aside-{other.name}")))
+                self.write_log(training["history"])
 
             # Into the tensors that are there: so what is tied stays tied.
             for name, weight in weights.items():
-                own[name].copy_(weight)
+                fill(own[name], weight)
             for optimizer, state in zip(run.optimizers, training["optimizers"]):
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict(state | {"param_groups": groups})
+                set_state(optimizer, state)
+            if training["data"] is not None:
+                run.batches.load_state_dict(training["data"])
             run.step, run.history = training["step"], training["history"]
             run.recent, run.half_done = training["recent"], False
-            set_random_state(training["random"], run.device)
+            run.set_random_states(training["random"])
             self.last = path
             return True
 

@@ -75,6 +75,13 @@ class Trainer(Run):
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
 
+    def gradient(self, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor]:
+        """Compute the loss and its gradient; return the loss and the gradient's norm."""
+        self.model.zero_grad()
+        loss = self.loss(self.model, batch)
+        loss.backward()
+        return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+
     def train_step(self) -> float:
         """Learn from the batch of this step; return its loss.
 
@@ -88,11 +95,8 @@ class Trainer(Run):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         self.model.train()
-        self.model.zero_grad()
         with rewinding(self.device):
-            loss = self.loss(self.model, batch)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            loss, norm = self.gradient(batch)
             if not (loss + norm).isfinite():
                 raise FloatingPointError(
                     f"the loss is {loss.item():.4g}, its gradient {norm.item():.4g} at step "
