@@ -14,12 +14,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from t5_book.batches import Batch
-from t5_book.checkpoints import (
-    check_fit,
-    places_of,
-    read_checkpoint,
-    write_checkpoint,
-)
+from t5_book.checkpoints import check_fit, places_of, read_checkpoint, write_checkpoint
 from t5_book.checks import check_integer
 from t5_book.losses import batch_loss
 from t5_book.packing import PackedBatch
