@@ -574,6 +574,9 @@ def test_tensors_that_do_not_fit(folder, change, words):
     refuses(lambda: T5.from_released(entries, weights), *words)
 
 
+LARGE = dict(relative_attention_num_buckets=10**18, relative_attention_max_distance=10**19)
+
+
 @pytest.mark.parametrize(
     "entries, words",
     [
@@ -599,10 +602,7 @@ def test_tensors_that_do_not_fit(folder, change, words):
         ({"vocab_size": 10**30}, ["vocab_size"]),
         ({"d_ff": 10**400}, ["d_ff"]),
         ({"d_model": 10**9, "d_ff": 10**9, "num_heads": 10**9}, ["8" + 18 * "0"]),
-        (
-            dict(relative_attention_num_buckets=10**18, relative_attention_max_distance=10**19),
-            ["4" + 18 * "0"],
-        ),
+        (LARGE, ["4" + 18 * "0"]),
     ],
 )
 def test_configurations_of_others(folder, entries, words):
