@@ -50,8 +50,9 @@ def test_which_weights_are_found(tmp_path, files, found):
     assert find_weights(tmp_path) == [tmp_path / name for name in found]
 
 
-def test_paths_that_lead_nowhere(tmp_path):
-    for path in (tmp_path, str(tmp_path)):
+def test_paths_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (tmp_path, str(tmp_path), "~"):
         assert find_release(path, "config.json") == tmp_path
     refuses(lambda: find_weights(tmp_path), tmp_path, SAFE, OLD, error=FileNotFoundError)
     for path in ("./no", "/no/such", "~/no", "no/such/model", "a b", Path("no/x")):
@@ -94,7 +95,8 @@ def asked(monkeypatch, tmp_path):
 
 
 def test_from_the_hub(asked, tmp_path):
-    """Only what is needed is fetched, and nothing that is here."""
+    """Only what is needed is fetched, and nothing that is here, or would be."""
+    refuses(lambda: find_release(Path("google/new")), "google/new", error=FileNotFoundError)
     for name, weights in (("google/new", SAFE), ("old", OLD)):
         folder = tmp_path / "cache" / name
         assert find_weights(name) == [folder / weights]
@@ -107,21 +109,20 @@ def test_from_the_hub(asked, tmp_path):
     assert asked[3:] == [("google/new", names)]
 
 
-@pytest.mark.parametrize(
-    "raised, wanted",
-    [
-        (errors.RepositoryNotFoundError, FileNotFoundError),
-        (errors.GatedRepoError, FileNotFoundError),
-        (errors.HFValidationError, FileNotFoundError),
-        (errors.LocalEntryNotFoundError, ConnectionError),
-    ],
-)
-def test_what_the_hub_says(monkeypatch, raised, wanted):
-    def snapshot_download(*arguments, **options):
-        raise raised.__new__(raised)
+def test_what_the_hub_says(monkeypatch):
+    says = {
+        errors.RepositoryNotFoundError: FileNotFoundError,
+        errors.GatedRepoError: FileNotFoundError,
+        errors.HFValidationError: FileNotFoundError,
+        errors.LocalEntryNotFoundError: ConnectionError,
+    }
+    for raised, wanted in says.items():
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    refuses(lambda: find_release("google/t6", "config.json"), "google/t6", error=wanted)
+        def snapshot_download(*arguments, raised=raised, **options):
+            raise raised.__new__(raised)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        refuses(lambda: find_release("google/t6", "config.json"), "google/t6", error=wanted)
 
 
 def test_offline_on_purpose(tmp_path):

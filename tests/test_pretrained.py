@@ -49,8 +49,9 @@ def releases(tmp_path_factory):
     """
     made = {}
     for family in FAMILIES:
-        made[family] = *make_family(family), tmp_path_factory.mktemp(family)
-        made[family][1].save_pretrained(made[family][2])
+        ours, reference = make_family(family)
+        made[family] = ours, reference, tmp_path_factory.mktemp(family)
+        reference.save_pretrained(made[family][2])
     return made
 
 
@@ -102,9 +103,9 @@ def write_as(layout: str, folder: Path, reference) -> Path:
         (folder / SAFE).unlink()
         places = {}
         for k in range(3):
-            shard, name = dict(list(weights.items())[k::3]), f"pytorch_model-{k}.bin"
-            torch.save(shard, folder / name)
-            places |= dict.fromkeys(shard, name)
+            shard = dict(list(weights.items())[k::3])
+            torch.save(shard, folder / f"pytorch_model-{k}.bin")
+            places |= dict.fromkeys(shard, f"pytorch_model-{k}.bin")
         (folder / f"{BIN}.index.json").write_text(json.dumps({"weight_map": places}))
     return folder
 
@@ -476,8 +477,7 @@ def test_what_a_killed_save_left_goes_after_a_day(tmp_path):
         long_ago = time.time() - hours * 60 * 60
         os.utime(tmp_path / name, (long_ago, long_ago))
     T5(**OURS).save_pretrained(tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {".part-new", "config.json", SAFE}
+    assert {path.name for path in tmp_path.iterdir()} == {".part-new", "config.json", SAFE}
 
 
 # --- Clear errors ---------------------------------------------------------
