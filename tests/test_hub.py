@@ -72,9 +72,8 @@ def test_what_is_no_index(tmp_path):
 # --- The hub --------------------------------------------------------------
 
 
-@pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """What was asked of a hub with two models."""
+def test_from_the_hub(monkeypatch, tmp_path):
+    """Only what is needed is fetched, and nothing that is here, or would be."""
     asked, stored = [], tmp_path / "stored"
     for name, weights in (("google/new", SAFE), ("old", OLD)):
         (stored / name).mkdir(parents=True)
@@ -91,11 +90,6 @@ def asked(monkeypatch, tmp_path):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return asked
-
-
-def test_from_the_hub(asked, tmp_path):
-    """Only what is needed is fetched, and nothing that is here, or would be."""
     refuses(lambda: find_release(Path("google/new")), "google/new", error=FileNotFoundError)
     for name, weights in (("google/new", SAFE), ("old", OLD)):
         folder = tmp_path / "cache" / name
