@@ -174,7 +174,7 @@ def test_a_vocabulary(tmp_path):
         wanted = 100 if extra_ids is None else extra_ids
         assert isinstance(loaded, Tokenizer) and loaded.extra_ids == wanted
         assert loaded.vocab_size == 15 + wanted
-    for extra_ids in (10**7, -1, "100", 1.5):
+    for extra_ids in (2000, 10**7, -1, "100", 1.5):
         write(tmp_path, "tokenizer_config.json", extra_ids=extra_ids)
         refuses(lambda: load_tokenizer(tmp_path), repr(extra_ids))
     # mT5's sentinels are in the file; its configuration asks for none on top.

@@ -358,13 +358,20 @@ def test_every_configuration_comes_back(tmp_path, tie, scale, per_layer):
     assert_same_logits(model, theirs, 24**0.5 if unscaled else 1.0)
 
 
-def test_types_that_are_saved(tmp_path):
+def test_types_that_are_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     model = small_t5(dim=25).bfloat16()
     model.save_pretrained(tmp_path)
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path).dtype == torch.bfloat16
     # Of two types, after 25 numbers of two bytes: they stay aligned.
     model.encoder.blocks[0].feed_forward_norm.float()
-    save_pretrained(model, tmp_path)
+    save_pretrained(model, "~")
+    data = (tmp_path / SAFE).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    wide = header["encoder.block.0.layer.1.layer_norm.weight"]
+    assert size % 8 == wide["data_offsets"][0] % 4 == 0
+    assert header["__metadata__"]["format"] == "pt"  # transformers wants to be told
     for tensors in (read(tmp_path), safetensors.torch.load_file(tmp_path / SAFE)):
         for name, weight in released_tensors(model).items():
             assert torch.equal(tensors[name], weight) and tensors[name].dtype == weight.dtype
