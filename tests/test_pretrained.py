@@ -11,6 +11,7 @@ import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -329,7 +330,7 @@ def test_every_configuration_comes_back(tmp_path, tie, scale, per_layer):
     choices = dict(
         tie_head=tie, scale_logits=scale, bias_per_layer=per_layer,
         feed_forward="gated-gelu" if tie == per_layer else "relu", dropout=0.2,
-        num_buckets=16, max_distance=40, pad_id=3, eos_id=5, start_id=7,
+        num_buckets=16, max_distance=40, pad_id=3, eos_id=np.int64(5), start_id=7,
     )  # fmt: skip
     first, second = tmp_path / "first", tmp_path / "second"
     for depths in ({"enc_depth": 1, "dec_depth": 1}, {}):
@@ -446,7 +447,7 @@ def test_a_crash_at_any_step(releases, tmp_path, monkeypatch, before):
         try:
             found = T5.from_pretrained(folder)
         except FileNotFoundError:
-            assert before == "nothing" and crashed
+            assert before == "nothing" and "replace" not in steps[:-1]
             continue
         assert_same(found, old if found.config.logit_scale != 1 else new, steps)
         assert not list(folder.glob(".part-*"))
