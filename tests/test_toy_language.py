@@ -8,20 +8,9 @@ from itertools import combinations, product
 import pytest
 import torch
 
+from t5_book import toy_language as toy
 from t5_book.span_corruption import corrupt_spans, random_spans_noise_mask
-from t5_book.toy_language import (
-    BOYS,
-    CHOICES,
-    DAYS,
-    END,
-    GAP,
-    GIRLS,
-    NUMBERS,
-    STORIES,
-    MarkovSource,
-    Story,
-    ToyLanguage,
-)
+from t5_book.toy_language import CHOICES, END, GAP, MarkovSource, Story, ToyLanguage
 from tests.conftest import refuses, seeded
 
 LANGUAGE = ToyLanguage()
@@ -68,6 +57,10 @@ def test_filling_is_that_of_brute_force(noise, spans):
             shown, answer = source.cut(text, mask)
             joint[tuple(shown)][tuple(answer)] += p
     for shown, answers in list(joint.items())[::3]:
+        # Without an answer, it follows its own choices.
+        own = [best for _, best in source.read(list(shown), noise)]
+        assert own.count(END) == spans and len(own) == noise + spans
+        assert [best for _, best in source.read(list(shown), noise, own)] == own
         for answer in list(answers)[::2]:
             tokens = source.read(list(shown), noise, list(answer))
             assert len(tokens) == len(answer) == noise + spans
@@ -79,15 +72,6 @@ def test_filling_is_that_of_brute_force(noise, spans):
                 chance = after[answer[i]] / sum(after.values())
                 assert math.exp(log_prob) == pytest.approx(chance, abs=1e-9)
                 assert after[best] == pytest.approx(max(after.values()))
-
-
-def test_filling_follows_its_own_choices_without_an_answer():
-    source, _ = random_source(5)
-    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 0]).bool()
-    shown, _ = source.cut(source.sample(1, 9, seeded(0))[0], mask)
-    own = [best for _, best in source.read(shown, 4)]
-    assert own.count(END) == 3 and len(own) == 4 + 3
-    assert [best for _, best in source.read(shown, 4, own)] == own
 
 
 def test_filling_lies_as_the_labels_do_and_most_words_are_certain():
@@ -106,9 +90,7 @@ def test_filling_lies_as_the_labels_do_and_most_words_are_certain():
     assert torch.equal(best[certain & words], labels[certain & words] - 3)
     assert (best[certain & ~words] == END).all()
     assert certain[words].double().mean() > 0.6
-
-
-def test_long_texts_do_not_vanish():
+    # In long texts, small numbers do not vanish.
     mask = random_spans_noise_mask(200, generator=seeded(0))
     log_prob = LANGUAGE.fill(LANGUAGE.sample(1, 200, seeded(0)), mask).log_prob
     assert log_prob.shape == (1, 41) and log_prob.isfinite().all()
@@ -151,14 +133,14 @@ def sentences_of_rows() -> list[list[list[str]]]:
 
 def test_language_keeps_its_promises():
     """Agreement, pronouns, days in order, counting and sums."""
-    after = {day: DAYS[(i + 1) % 7] for i, day in enumerate(DAYS)}
-    number = NUMBERS.index
+    after = {day: toy.DAYS[(i + 1) % 7] for i, day in enumerate(toy.DAYS)}
+    number = toy.NUMBERS.index
     counted = dict.fromkeys(("likes", "verb", "day", "sum"), 0)
     for sentences in sentences_of_rows():
         for before, now in zip(sentences, sentences[1:]):
             if now[1:2] == ["likes"] and now[4:] and now[5] in ("he", "she"):
                 counted["likes"] += 1
-                assert (now[5] == "she") == (now[0] in GIRLS)
+                assert (now[5] == "she") == (now[0] in toy.GIRLS)
             if "hungry" in now:
                 counted["verb"] += 1
                 assert ("are" in now) == now[1].endswith("s")
@@ -177,7 +159,7 @@ def test_choices_and_stories_are_as_frequent_as_they_should_be():
     sentences = sum(sentences_of_rows(), [])
     finds = [s for s in sentences if s[1] in CHOICES["FINDS"] and s[2] == "a"]
     mine = [s for s in sentences if s[0] in CHOICES["MY"] and "but" in s]
-    both = [s for s in sentences if {*s} & {*GIRLS} and {*s} & {*BOYS}]
+    both = [s for s in sentences if {*s} & {*toy.GIRLS} and {*s} & {*toy.BOYS}]
     meets = [s for s in sentences if "meets" in s]
     follow = [s for s in both if "meets" not in s]
     helps = [s for s in follow if "helps" in s]
@@ -187,7 +169,7 @@ def test_choices_and_stories_are_as_frequent_as_they_should_be():
         # choices: one of three, of two; one of eight people, half of them girls
         ("buys", [s for s in finds if s[1] == "buys"], finds, 1 / 3),
         ("my", [s for s in mine if s[0] == "my"], mine, 1 / 2),
-        ("girls", [s for s in finds if s[0] in GIRLS], finds, 1 / 2),
+        ("girls", [s for s in finds if s[0] in toy.GIRLS], finds, 1 / 2),
         # sentences of a story, and stories
         ("helps", helps, follow, 1 / 3),
         ("meets", sums, sums + meets, 1 / 2),
@@ -223,7 +205,7 @@ def test_a_language_of_ones_own():
 def test_words_are_those_that_the_book_states():
     assert len(LANGUAGE.words) == 123 and LANGUAGE.words == sorted(LANGUAGE.words)
     # A misspelt choice would be said as it stands.
-    lines = [line for story in STORIES for line in [*story.opening, *story.more]]
+    lines = [line for story in toy.STORIES for line in [*story.opening, *story.more]]
     capitals = {word for line in lines for word in line.split() if word.isupper()}
     assert capitals == set(CHOICES)
 
@@ -231,19 +213,16 @@ def test_words_are_those_that_the_book_states():
 # --- Errors ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "edges, words",
-    [
+def test_edges_that_lead_nowhere_or_do_not_sum_to_one_are_refused():
+    for edges, words in [
         ([(0, 1, 0.8), (1, 0, 1.0)], ["state 0", "'a'", "0.8000"]),
         ([(0, 1, 1.0)], ["state 1", "'b'", "0.0000"]),
         ([(0, 1, 1.0), (1, 0, -0.5), (1, 1, 1.5)], ["1 to 0", "-0.5"]),
         ([(0, 2, 1.0)], ["0 to 2", "0 to 1"]),
         ([(0, -1, 1.0)], ["0 to -1", "0 to 1"]),
         ([(2, 0, 1.0)], ["2 to 0", "0 to 1"]),
-    ],
-)
-def test_edges_that_lead_nowhere_or_do_not_sum_to_one_are_refused(edges, words):
-    refuses(lambda: MarkovSource(["a", "b"], edges), *words)
+    ]:
+        refuses(lambda: MarkovSource(["a", "b"], edges), *words)
 
 
 def test_a_wrong_word_in_a_gap_is_refused():
