@@ -223,6 +223,7 @@ def test_the_groups_of_a_t5_by_name(extra):
     muon, adamw = muon_adamw(model, lr=0.1, embedding_lr=0.2, table_lr=0.7)
     groups = [*muon.param_groups, *adamw.param_groups]
     assert [group["lr"] for group in groups] == [0.1, 0.2, 0.7]
+    assert groups[0]["rounds"] == 3 and groups[1]["betas"] == (0.9, 0.98)
     names = {id(p): name for name, p in model.named_parameters()}
     found = [[names[id(p)] for p in group["params"]] for group in groups]
     every = list(names.values())
