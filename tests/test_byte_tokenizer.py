@@ -3,7 +3,6 @@
 import random
 import re
 
-import pytest
 import torch
 from transformers import ByT5Tokenizer
 
@@ -17,18 +16,11 @@ from t5_book.span_corruption import (
 )
 from tests.conftest import HELP, mixed_line, refuses, seeded
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ByteTokenizer()
+tokenizer = ByteTokenizer()
+reference = ByT5Tokenizer()
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return ByT5Tokenizer()
-
-
-def test_agrees_with_transformers(tokenizer, reference):
+def test_agrees_with_transformers():
     """Some thousand lines: English, and words of all scripts."""
     lines = [mixed_line(seed) for seed in range(2000)] + HELP[::3] + ["a\0 \x7f"]
     special = re.compile("</?s>|<pad>|<unk>|<extra_id_")
@@ -40,7 +32,7 @@ def test_agrees_with_transformers(tokenizer, reference):
         assert tokenizer.decode(ids) == reference.decode(ids) == line
 
 
-def test_decodes_anything_as_transformers_does(tokenizer, reference):
+def test_decodes_anything_as_transformers_does():
     """Bytes at random are seldom text; what is not is left out."""
     draw = random.Random(1)
     for _ in range(500):
@@ -50,7 +42,7 @@ def test_decodes_anything_as_transformers_does(tokenizer, reference):
         assert tokenizer.decode(padded) == tokenizer.decode(ids)
 
 
-def test_where_we_differ(tokenizer, reference):
+def test_where_we_differ():
     """Sentinels; and ``</s>`` in a text, which stays text here."""
     assert tokenizer.encode("a<extra_id_0>b") == [100, 258, 101]
     assert reference("a<extra_id_0>b")["input_ids"] == [100, 259, 101, 1]
@@ -58,7 +50,7 @@ def test_where_we_differ(tokenizer, reference):
     assert tokenizer.decode(tokenizer.encode("a </s> b")) == "a </s> b"
 
 
-def test_sizes(tokenizer):
+def test_sizes():
     assert (tokenizer.vocab_size, tokenizer.padded_vocab_size) == (259, 384)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
     assert ByteTokenizer(multiple_of=1).padded_vocab_size == 259
@@ -66,7 +58,7 @@ def test_sizes(tokenizer):
         refuses(lambda: ByteTokenizer(extra_ids), f"extra_ids is {extra_ids};", 11)
 
 
-def test_no_byte_of_a_text_is_a_sentinel(tokenizer):
+def test_no_byte_of_a_text_is_a_sentinel():
     text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     ids = {byte + 3 for byte in text.encode()}
     assert tokenizer.encode(text[:5000]) == [byte + 3 for byte in text[:5000].encode()]
@@ -74,7 +66,7 @@ def test_no_byte_of_a_text_is_a_sentinel(tokenizer):
     assert 247 in ids  # the twelfth would be a byte of text
 
 
-def test_sentinels_and_pieces(tokenizer):
+def test_sentinels_and_pieces():
     names = [f"<extra_id_{k}>" for k in range(11)]
     ids = tokenizer.encode("".join(names))
     assert ids == [tokenizer.sentinel(k) for k in range(11)] == [*range(258, 247, -1)]
@@ -95,7 +87,7 @@ def test_fewer_sentinels():
     assert len(none.encode("<extra_id_0>")) == 12
 
 
-def test_edges(tokenizer):
+def test_edges():
     for text, length in [
         ("", 0),
         (" ", 1),
@@ -108,14 +100,14 @@ def test_edges(tokenizer):
         assert tokenizer.decode(ids) == text
 
 
-def test_broken_text(tokenizer):
+def test_broken_text():
     ids = tokenizer.encode("ein 🐈!")
     assert tokenizer.decode(ids[:-2]) == "ein "
     assert tokenizer.decode(ids[:5] + [258] + ids[5:]) == "ein <extra_id_0>!"
     assert tokenizer.decode(torch.tensor(ids)) == "ein 🐈!"
 
 
-def test_sentinels_are_those_of_span_corruption(tokenizer):
+def test_sentinels_are_those_of_span_corruption():
     """t5 takes the highest id for the first one, with no extra ids."""
     spans_of_20 = dict(mean_noise_span_length=20)
     raw, length = span_lengths(1024, **spans_of_20)

@@ -18,7 +18,6 @@ from transformers import T5Tokenizer, convert_slow_tokenizer
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.pretrained import load_tokenizer
 from t5_book.tokenizer import Tokenizer
-from t5_book.vocabulary import Vocabulary
 from tests.conftest import HELP, OTHERS, SPACES, mixed_line, refuses
 
 SENTINELS = "the <extra_id_0> value of <extra_id_1> it <extra_id_99>"
@@ -70,15 +69,6 @@ def test_sizes_and_special_ids(tokenizer):
         assert sentinels == [size - 1 - k for k in range(made.extra_ids)]
         names = [f"▁<extra_id_{k}>" for k in range(made.extra_ids)]
         assert made.pieces(sentinels) == names
-
-
-def test_both_tokenizers_are_vocabularies():
-    """Nothing of the plan is written twice, and both have the same methods."""
-    shared = {name for name in vars(Vocabulary) if not name.startswith("__")}
-    own = {name for name in vars(Tokenizer) if not name.startswith("_")}
-    assert own - {"train", "load", "save"} <= set(vars(ByteTokenizer))
-    for cls in (Tokenizer, ByteTokenizer):
-        assert issubclass(cls, Vocabulary) and not shared & set(vars(cls))
 
 
 # --- Encode and decode ------------------------------------------------------
@@ -134,15 +124,12 @@ def test_as_seqio(tokenizer):
     assert exact.encode("the\t<extra_id_1>")[-1] == exact.sentinel(1)
 
 
-def test_sentinel_inside_a_word(tokenizer):
-    """Where seqio spells the sentinel out, ours finds it."""
+def test_names_of_sentinels_in_a_text(tokenizer):
+    """Inside a word, where seqio spells them out, ours finds them."""
     ids = tokenizer.encode("the<extra_id_7><extra_id_8>y")
     the, y = tokenizer.encode("the"), tokenizer.encode("<extra_id_0>y")[1:]
     assert ids == [*the, 1092, 1091, *y]
-
-
-def test_no_sentinels(tokenizer):
-    """Without sentinels, their names are text like any other."""
+    # Without sentinels, their names are text like any other.
     bare = Tokenizer(tokenizer.model_proto, extra_ids=0)
     assert bare.decode(bare.encode("a <extra_id_0>")) == "a <extra_id_0>"
     assert len(bare.encode("<extra_id_0>")) > 5
@@ -212,6 +199,11 @@ def test_save_and_load(tokenizer, tmp_path, extra_ids):
         assert after.encode("a <extra_id_0>") == before.encode("a <extra_id_0>")
     after.save(path)
     assert Tokenizer.load(path).extra_ids == extra_ids
+    # Released ones, such as T5's and UMT5's, don't say it.
+    path.write_bytes(tokenizer.model_proto)
+    assert Tokenizer.load(path).extra_ids == 100
+    assert Tokenizer.load(path, extra_ids).extra_ids == extra_ids
+    before.save(path)
     # To SentencePiece and seqio it is a file with pieces alone.
     theirs = SentencePieceProcessor(model_file=str(path))
     assert len(theirs) == 1000 and b"<extra_id" not in path.read_bytes()
@@ -238,14 +230,6 @@ def test_a_file_with_sentinels_keeps_them(tokenizer, tmp_path, extra_ids):
     again = Tokenizer.load(path)
     assert again.extra_ids == 7
     assert again.encode("the <extra_id_6>") == own.encode("the <extra_id_6>")
-
-
-def test_a_file_that_does_not_say_how_many_sentinels(tokenizer, tmp_path):
-    """Released ones have 100, UMT5's 300: the caller says it."""
-    path = tmp_path / "spiece.model"
-    path.write_bytes(tokenizer.model_proto)
-    assert Tokenizer.load(path).extra_ids == 100
-    assert Tokenizer.load(path, extra_ids=300).extra_ids == 300
 
 
 def test_save_is_atomic(tokenizer, tmp_path, monkeypatch):
