@@ -292,7 +292,8 @@ def test_answers_of_a_model_are_filled_in():
 
 def test_pad_rows():
     """The mask counts tokens; it doesn't look at what they are."""
-    ids, mask = pad_rows([[4, 9, 6], torch.tensor([7], dtype=torch.int32), [9, 9]], fill=9)
+    rows = [torch.tensor([4, 9, 6], dtype=torch.int32), [7], [9, 9]]
+    ids, mask = pad_rows(rows, fill=9)
     assert ids.tolist() == [[4, 9, 6], [7, 9, 9], [9, 9, 9]]
     assert mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool
