@@ -7,6 +7,9 @@ the writers, which are float64: in float32 two tokens can be so nearly equal
 that the order of a sum decides between them, and that depends on the processor.
 """
 
+import random
+from pydoc_data.topics import topics
+
 import pytest
 import torch
 import transformers
@@ -472,3 +475,24 @@ def write_with_reference(reference, ours: T5, src, mask=None, **options):
         **options,
     )
     return written[:, 1:] if isinstance(written, Tensor) else written
+
+
+# --- Texts ----------------------------------------------------------------
+
+# Python's help texts: English, with code and tables among it.
+HELP = "\n".join(topics.values()).splitlines()
+OTHERS = """Füße naïve Ærøskøbing ŁÓDŹ Œuvre Ελληνικά Кошка עברית العربية
+हिन्दी 雪が降る 한국어 ไทย ﬁnd ﬃ ½ ① ㎏ Ｔ５ ｶﾀ ガ Ⅷ … “so” ‘so’ — – € ° ™ 🐈 👩‍🚀 🇩🇪
+é e\u0301 ǆ ﷺ İ ß ſ K Å \U0010fffd \ufffd""".split()
+SPACES = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\u200b"]
+WORDS = sorted(set(" ".join(HELP).split()))
+
+
+def mixed_line(seed: int) -> str:
+    """A line of words of all scripts, with all kinds of space between."""
+    draw = random.Random(seed)
+    words = draw.choices(WORDS, k=4) + draw.choices(OTHERS, k=3)
+    draw.shuffle(words)
+    start, end = draw.choices(["", *SPACES], k=2)
+    inner = "".join(word + draw.choice(SPACES) for word in words)
+    return start + inner.rstrip() + end
