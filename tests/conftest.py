@@ -245,10 +245,7 @@ def batch_with_labels(s: int = 40, t: int = 10):
     return src, padding_masks(3, s), labels
 
 
-def their_logits(
-    reference: nn.Module, src: Tensor, tgt: Tensor,
-    mask: Tensor | None = None, tgt_mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def their_logits(reference: nn.Module, src, tgt, mask=None, tgt_mask=None) -> Tensor:
     """What ``model(src, tgt, mask, tgt_mask)`` is called over there."""
     return reference(
         input_ids=src,
@@ -276,7 +273,6 @@ def gradients(ours: nn.Module, reference: nn.Module, src, mask, labels):
 # --- Pairs that write varied texts ----------------------------------------
 
 VOCAB = 60
-START = dict(decoder_start_token_id=0, pad_token_id=0)
 
 
 def make_writers(family: str, seed: int = 0) -> tuple[T5, nn.Module]:
@@ -364,7 +360,8 @@ def write_with_reference(reference, ours: T5, src, mask=None, **options):
         prefix = options.pop("prefix")
         start = torch.zeros(len(prefix), 1, dtype=torch.long)
         options["decoder_input_ids"] = torch.cat([start, prefix], dim=1)
-    options = dict(do_sample=False, num_beams=1, top_k=0) | START | options
+    special = dict(decoder_start_token_id=0, pad_token_id=0)
+    options = dict(do_sample=False, num_beams=1, top_k=0) | special | options
     if not options["do_sample"]:
         del options["top_k"]
     written = reference.generate(

@@ -50,20 +50,24 @@ def test_starts_of_the_released_setting():
     assert right == [0, *[16 + bucket for bucket in encoder[1:]]]
 
 
-def test_settings_that_cannot_work_are_refused():
-    for setting, *words in [
-        ((True, 33, 128), 33, "even"),
-        ((True, 2, 128), 2, "leaves 1 ", "4 or more"),
-        ((False, 1, 128), 1, "leaves 1 ", "2 or more"),
-        ((True, 32, 8), "max_distance=8", "more than 8"),
-        ((False, 32, 16), "max_distance=16", "more than 16"),
-    ]:
-        bidirectional, *sizes = setting
-        refuses(lambda: check_buckets(*setting), *words)
-        refuses(lambda: relative_position_bucket(torch.arange(3), *setting), *words)
-        refuses(lambda: RelativePositionBias(HEADS, *sizes, bidirectional), *words)
-    refuses(lambda: RelativePositionBias(HEADS)(5, 3), 5, 3)
-    # and the smallest that work
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ((True, 33, 128), [33, "even"]),
+        ((True, 2, 128), [2, "leaves 1 ", "4 or more"]),
+        ((False, 1, 128), [1, "leaves 1 ", "2 or more"]),
+        ((True, 32, 8), ["max_distance=8", "more than 8"]),
+        ((False, 32, 16), ["max_distance=16", "more than 16"]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting, words):
+    bidirectional, *sizes = setting
+    refuses(lambda: check_buckets(*setting), *words)
+    refuses(lambda: relative_position_bucket(torch.arange(3), *setting), *words)
+    refuses(lambda: RelativePositionBias(HEADS, *sizes, bidirectional), *words)
+
+
+def test_the_smallest_settings_that_work():
     for setting in [(True, 4, 2), (False, 2, 2), (False, 33, 128), (True, 32, 9)]:
         buckets = relative_position_bucket(torch.arange(-300, 301), *setting)
         assert buckets.min() == 0 and buckets.max() == setting[1] - 1, setting
@@ -103,3 +107,7 @@ def test_buckets_stay_exact_in_half_precision():
         assert torch.equal(bias(140, 140), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_more_queries_than_keys_are_refused():
+    refuses(lambda: RelativePositionBias(HEADS)(5, 3), 5, 3)

@@ -207,26 +207,33 @@ def test_wrong_ids_are_refused(name):
         refuses(lambda: model.loss(GOOD, wrong), "label", *words, error=error)
 
 
-def test_wrong_masks_are_refused():
+MASKS = {
+    "shape": (torch.ones(2, 4).bool(), ValueError, ["(2, 4)"]),
+    "float": (torch.ones(2, 3), TypeError, ["float32", "boolean"]),
+    "integer": (torch.ones_like(GOOD), TypeError, ["int64", "boolean"]),
+    "list": ([[True] * 3] * 2, TypeError, ["'list'", "boolean"]),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_wrong_masks_are_refused(name):
+    mask, error, words = MASKS[name]
+    model = small_t5()
+    for call in (lambda: model.encode(GOOD, mask), lambda: model(GOOD, GOOD, mask)):
+        refuses(call, "source", *words, error=error)
+    refuses(lambda: model(GOOD, GOOD, None, mask), "target", *words, error=error)
+
+
+@pytest.mark.parametrize("name", ["src_mask", "tgt_mask"])
+def test_a_mask_of_pairs_is_for_one_attention(name):
+    """With as many targets as sources it would fit where it means nothing."""
     model, pairs = small_t5(), torch.ones(2, 3, 3).tril().bool()
-    for mask, error, words in [
-        (torch.ones(2, 4).bool(), ValueError, ["(2, 4)"]),
-        (torch.ones(2, 3), TypeError, ["float32", "boolean"]),
-        (torch.ones_like(GOOD), TypeError, ["int64", "boolean"]),
-        ([[True] * 3] * 2, TypeError, ["'list'", "boolean"]),
-    ]:
-        for call in (lambda: model.encode(GOOD, mask), lambda: model(GOOD, GOOD, mask)):
-            refuses(call, "source", *words, error=error)
-        refuses(lambda: model(GOOD, GOOD, None, mask), "target", *words, error=error)
-    # A mask of pairs is for one attention; with as many targets as sources it
-    # would fit where it means nothing.
     refuses(lambda: model(GOOD, GOOD, pairs), "(2, 3, 3)")
     memory = model.encode(GOOD, pairs)
-    for name in ("src_mask", "tgt_mask"):
-        assert model.decode(GOOD, memory, **{name: pairs}).shape == (2, 3, 32)
-        for shape in [(2, 1, 3), (2, 3, 1), (2, 2, 4), (1, 3)]:
-            mask = {name: torch.ones(shape).bool()}
-            refuses(lambda: model.decode(GOOD, memory, **mask), shape)
+    assert model.decode(GOOD, memory, **{name: pairs}).shape == (2, 3, 32)
+    for shape in [(2, 1, 3), (2, 3, 1), (2, 2, 4), (1, 3)]:
+        mask = {name: torch.ones(shape).bool()}
+        refuses(lambda: model.decode(GOOD, memory, **mask), shape)
 
 
 def test_decode_takes_a_memory_or_a_cache():
