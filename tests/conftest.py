@@ -214,6 +214,7 @@ def make_ours(**extra) -> T5:
 
 def difference(ours: Tensor, reference: Tensor) -> float:
     """Largest difference, relative where the reference exceeds one."""
+    assert ours.shape == reference.shape  # or they would broadcast
     return ((ours - reference).abs() / reference.abs().clamp(min=1)).max().item()
 
 
