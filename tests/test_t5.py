@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from t5_book.config import T5Config
+from t5_book.config import StackConfig, T5Config
 from t5_book.presets import PRESETS
 from t5_book.t5 import T5
 from tests.conftest import padding_masks, random_ids, refuses, small_sizes, small_t5
@@ -56,6 +56,12 @@ def test_presets_have_the_published_numbers_of_parameters(shapes_alone, family):
     for name, expected in zip(names, COUNTS[family].values()):
         model = T5(**PRESETS[name])
         assert sum(p.numel() for p in model.parameters()) == expected, name
+
+
+def test_each_stack_has_its_own_sizes():
+    config = T5Config(**TINY | dict(dec_depth=3, dec_heads=5, dec_dim_head=6, dec_mlp_mult=7))
+    assert config.encoder == StackConfig(dim=16, depth=1, heads=2, dim_head=4, mlp_dim=32)
+    assert config.decoder == StackConfig(dim=16, depth=3, heads=5, dim_head=6, mlp_dim=112)
 
 
 def test_a_fraction_is_rounded():
