@@ -162,7 +162,7 @@ WRONG = {
     "dec_dim_head": [64.0],
     "enc_num_tokens": [99],  # one table serves both vocabularies
     "enc_mlp_mult": [0, -1, 0.01, "4", math.nan, math.inf],
-    "dropout": [1.5, -0.1, 1, math.nan, "0.1"],
+    "dropout": [1.5, -0.1, 1, math.nan, "0.1", None],
     "feed_forward": ["rleu", "gelu", None],
     "num_buckets": [31, 2, 0, 3.5],
     "max_distance": [8, 12, 0],
