@@ -17,7 +17,7 @@ from tests.conftest import (
 )
 
 BUCKETS = dict(relative_attention_num_buckets=20, relative_attention_max_distance=100)
-KINDS = {"t5": {}, "t5-v1_1": BUCKETS, "umt5": {}}
+KINDS = {"t5": {}, "t5-v1_1": BUCKETS, "umt5": dict(num_layers=2)}  # two tables
 SHAPES = [(3, s, t) for s in LENGTHS for t in LENGTHS]
 # Batches as large as a length or as the number of heads
 SHAPES += [(9, 9, 9), (9, 9, 5), (9, 5, 9), (40, 40, 40), (4, 4, 4), (4, 10, 7)]
