@@ -79,39 +79,27 @@ def test_greedy_agrees_token_for_token(family):
         assert_same(pair, sources()[0], max_new_tokens=14)
 
 
-SAMPLING = [
-    {"top_k": 0, "top_p": 1.0},
-    {"temperature": 1.7},
-    {"top_k": 3},
-    {"top_p": 0.7},
-    {"temperature": 1.4, "top_k": 12, "top_p": 0.8},
-    {"top_k": 5, "prefix": PREFIX},
-]
-
-
-def test_samples_agree_token_for_token(pair):
-    greedy = generate(pair[0], *sources(), max_new_tokens=10)
-    for settings in SAMPLING:
-        options = SAMPLED | settings | {"max_new_tokens": 10}
-        sampled = assert_same(pair, *sources(), **options)
-        assert not torch.equal(sampled, greedy)
-
-
-@pytest.mark.parametrize(
-    "p, least, settings",
-    [(0, 11, {}), (0, 11, SAMPLED | {"temperature": 0.3}), (1, 5, {}), (4, 0, {})],
-)
-def test_the_least_length_and_a_prefix_agree(pair, p, least, settings):
-    options = settings | {"max_new_tokens": 14 - p}
-    if p:
-        options["prefix"] = PREFIX[:, :p]
-    else:
-        torch.manual_seed(5)
-        free = generate(pair[0], *sources(), **options)
-        assert min(lengths(pair[0], free)) < least
-    written = assert_same(pair, *sources(), min_new_tokens=least, **options)
-    assert torch.equal(written[:, :p], PREFIX[:, :p])
-    assert least < min(lengths(pair[0], written, p)) <= 14 - p
+def test_every_option_agrees_token_for_token(pair):
+    greedy = generate(pair[0], *sources(), max_new_tokens=14)
+    assert min(lengths(pair[0], greedy)) < 11
+    for p, options in [
+        (0, SAMPLED | {"top_k": 0, "top_p": 1.0}),
+        (0, SAMPLED | {"temperature": 1.7}),
+        (0, SAMPLED | {"top_k": 3}),
+        (0, SAMPLED | {"top_p": 0.7}),
+        (0, SAMPLED | {"temperature": 1.4, "top_k": 12, "top_p": 0.8}),
+        (0, SAMPLED | {"temperature": 0.3, "min_new_tokens": 11}),
+        (0, {"min_new_tokens": 11}),
+        (1, {"min_new_tokens": 5}),
+        (4, {}),
+        (4, SAMPLED | {"top_k": 5}),
+    ]:
+        prefix = {"prefix": PREFIX[:, :p]} if p else {}
+        written = assert_same(pair, *sources(), **options, **prefix, max_new_tokens=14)
+        assert not torch.equal(written, greedy)
+        assert torch.equal(written[:, :p], PREFIX[:, :p])
+        ends = lengths(pair[0], written, p)
+        assert options.get("min_new_tokens", 0) < min(ends) <= 14
 
 
 def test_filters_agree():
@@ -320,16 +308,6 @@ def test_a_streamer_gets_what_it_gets_from_the_reference(pair, options):
     assert written[0].tolist() == prefix[0].tolist() + ids
 
 
-def pieces(streamer, ids, capsys):
-    """What a streamer prints after each token, and at the end."""
-    printed = []
-    for token in ids:
-        streamer.put(torch.tensor([token]))
-        printed.append(capsys.readouterr().out)
-    streamer.end()
-    return [*printed, capsys.readouterr().out]
-
-
 def test_words_are_printed_as_the_reference_prints_them(capsys):
     lines = ["the cat sleeps", "the dog sleeps", "the cat is eating"] * 9
     words = Tokenizer.train(lines, vocab_size=19)  # several pieces to a word
@@ -339,10 +317,16 @@ def test_words_are_printed_as_the_reference_prints_them(capsys):
     chinese = ["你好 the 猫", "a 狗", "two\nlines\n猫"]
     cases += [(ByteTokenizer(), text) for text in chinese]
     for tokenizer, text in cases:
-        ids = [0, *tokenizer.encode(text), 1]
-        ours = pieces(WordStreamer(tokenizer), ids, capsys)
-        assert ours == pieces(TextStreamer(tokenizer), ids, capsys)
-        assert "".join(ours) == tokenizer.decode(ids) + "\n"
+        ids, printed = [0, *tokenizer.encode(text), 1], []
+        for streamer in (TextStreamer(tokenizer), WordStreamer(tokenizer)):
+            pieces = []
+            for n, token in enumerate(ids):
+                streamer.put(torch.tensor([token] if n else [[token]]))
+                pieces.append(capsys.readouterr().out)
+            streamer.end()
+            printed.append([*pieces, capsys.readouterr().out])
+        assert printed[0] == printed[1]
+        assert "".join(printed[1]) == tokenizer.decode(ids) + "\n"
 
 
 class Bytes:
@@ -375,14 +359,6 @@ def test_text_without_spaces_is_printed_in_time():
         assert [len(part) for part in seen[1:]] == expected, whole
         assert all(whole.startswith(part) for part in seen)
         assert streamer.file.getvalue() == whole + "\n"
-
-
-@pytest.mark.parametrize("kind", [WordStreamer, TextStreamer])
-def test_what_is_printed_is_what_is_written(model, kind, capsys):
-    streamer = kind(ByteTokenizer())
-    written = generate(model, sources(1)[0], min_new_tokens=9, streamer=streamer)
-    text = ByteTokenizer().decode(written[0])
-    assert capsys.readouterr().out == text + "\n" and len(text) > 3
 
 
 # --- Errors ---------------------------------------------------------------

@@ -10,9 +10,14 @@ from t5_book import one_page_t5, rms_norm
 from t5_book.generation import generate
 from t5_book.presets import PRESETS
 from t5_book.t5 import T5
-from tests.conftest import make_ending_writers, make_family, padded
-from tests.conftest import small_t5, sources, with_ids
-
+from tests.conftest import (
+    make_ending_writers,
+    make_family,
+    padded,
+    small_t5,
+    sources,
+    with_ids,
+)
 
 # Tied with ReLU; untied and gated, of uneven depths; a bias table per layer.
 FAMILIES = ["t5", "byt5", "umt5"]
