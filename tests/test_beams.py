@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from t5_book.beams import beam_search
+from t5_book.beams import Beams, Texts, beam_search, may_improve
 from t5_book.generation import generate
 from t5_book.t5 import T5
 from tests.conftest import (
@@ -23,7 +23,7 @@ from tests.conftest import (
 
 pytestmark = pytest.mark.rounding
 
-PENALTIES = [-1.0, 0.0, 0.6, 1.0, 2.0]
+PENALTIES = [0.0, 0.6, 1.0, 2.0]
 STOPPING = [False, True, "never"]
 FEW = dict(enc_num_tokens=9, dec_num_tokens=5, tie_token_emb=False, tie_head=False)
 
@@ -48,15 +48,13 @@ def assert_same(pair, *inputs, **options):
         return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     expected = theirs.sequences[:, 1:]
-    # A negative penalty makes the scores larger, and what rounds in them.
-    bound = 1e-5 * max(1, 10 ** -options.get("length_penalty", 1.0))
     for use_cache in (True, False):
         ids, scores = beam_search(ours, *inputs, use_cache=use_cache, **options)
         assert ids.shape == expected.shape and ids.dtype == torch.int64
         assert cut(ids, eos, p) == cut(expected, eos, p), options
         for row, text in zip(ids.tolist(), cut(ids, eos, p)):
             assert set(row[len(text) :]) <= {0}
-        assert (scores - theirs.sequences_scores).abs().max() <= bound
+        assert (scores - theirs.sequences_scores).abs().max() <= 1e-5
     return ids
 
 
@@ -71,7 +69,7 @@ def test_agrees_token_for_token(family):
         ids = assert_same(pair, *sources(12), num_return_sequences=4, **options)
         found[penalty, early] = str(ids.tolist())
     if family == "t5":  # the options make a difference
-        assert len({found[penalty, False] for penalty in PENALTIES[1:]}) == 4
+        assert len({found[penalty, False] for penalty in PENALTIES}) == 4
         for penalty in (1.0, 2.0):
             assert len({found[penalty, early] for early in STOPPING}) == 3
 
@@ -177,6 +175,12 @@ def test_sources_are_read_once_and_tokens_one_by_one(model):
     beam_search(model, src, mask, num_beams=5, **options)
     assert read == [(3, 6)] and projected == [(15, 6)]
     assert wrote[0] == (15, 3) and set(wrote[1:]) == {(15, 1)}
+
+
+def test_with_a_negative_penalty_short_texts_may_win():
+    running = Beams(torch.zeros(1, 1, 4), torch.tensor([[-2.2]]))
+    finished = Texts(torch.zeros(1, 1, 4), torch.tensor([[-10.0]]))
+    assert may_improve(running, finished, 4, 10, -1.0, "never").all()
 
 
 def test_early_stopping_saves_steps(model):
