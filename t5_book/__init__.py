@@ -66,15 +66,8 @@ from t5_book.objectives import (
 from t5_book.optimizers import Adafactor, Muon, adafactor, muon_adamw
 from t5_book.packing import PackedBatch, pack
 from t5_book.presets import PRESETS
-from t5_book.pretrained import (
-    load_pretrained,
-    load_tokenizer,
-    save_pretrained,
-)
-from t5_book.relative_position import (
-    RelativePositionBias,
-    relative_position_bucket,
-)
+from t5_book.pretrained import load_pretrained, load_tokenizer, save_pretrained
+from t5_book.relative_position import RelativePositionBias, relative_position_bucket
 from t5_book.rms_norm import RMSNorm
 from t5_book.schedules import inverse_sqrt_schedule, linear_schedule
 from t5_book.span_corruption import (

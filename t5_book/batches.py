@@ -26,9 +26,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with its tensors on ``device``."""
-        return Batch(
-            self.src.to(device), self.mask.to(device), self.labels.to(device)
-        )
+        return Batch(self.src.to(device), self.mask.to(device), self.labels.to(device))
 
 
 def pad_rows(rows: Sequence, fill: int = 0) -> tuple[Tensor, Tensor]:

@@ -209,9 +209,7 @@ def beam_search(
             ended = (grown.ids[..., -1] == config.eos_id) | (n == max_new_tokens)
             # A search that is over takes no more texts.
             new = ended & active[:, None]  # [b 2w]
-            finished = keep_best(
-                finished, grown, new, n**length_penalty, config.pad_id
-            )
+            finished = keep_best(finished, grown, new, n**length_penalty, config.pad_id)
             sums = grown.sums.masked_fill(ended, -torch.inf)  # [b 2w]
             sums, chosen = sums.topk(w)  # [b w]: those that go on
             running = Beams(take_beams(grown.ids, chosen), sums)

@@ -27,11 +27,7 @@ from torch.optim import Optimizer
 from t5_book.batches import Batch
 from t5_book.checks import check_integer
 from t5_book.packing import PackedBatch
-from t5_book.pretrained import (
-    naming_damage,
-    write_safetensors,
-    write_through,
-)
+from t5_book.pretrained import naming_damage, write_safetensors, write_through
 
 __all__ = ["Checkpoints"]
 
@@ -121,7 +117,9 @@ def fill(tensor: Tensor, values: Tensor) -> None:
 
 def shapes_of(weights: dict[str, Tensor]) -> dict[str, str]:
     """Which weights there are, as settings."""
-    return {f"weight {name}": f"{w.dtype} {tuple(w.shape)}" for name, w in weights.items()}
+    return {
+        f"weight {name}": f"{w.dtype} {tuple(w.shape)}" for name, w in weights.items()
+    }
 
 
 def settings_of(run: Run, step: int) -> dict:
@@ -135,7 +133,9 @@ def settings_of(run: Run, step: int) -> dict:
         for j, group in enumerate(optimizer.param_groups):
             place = f"optimizer {i}, group {j}"
             for k, parameter in enumerate(group["params"]):
-                settings[f"parameter {k} of {place}"] = names.get(parameter, "no weight")
+                settings[f"parameter {k} of {place}"] = names.get(
+                    parameter, "no weight"
+                )
             for name, value in group.items():
                 if name not in ("params", "initial_lr"):
                     settings[f"{name} of {place}"] = value
@@ -439,7 +439,9 @@ class Checkpoints:
                 write_through(new)
                 new.replace(log)
 
-    def load(self, run: Run, step: int | None = None, allow: Sequence[str] = ()) -> bool:
+    def load(
+        self, run: Run, step: int | None = None, allow: Sequence[str] = ()
+    ) -> bool:
         """Bring a run to where a checkpoint is; an error leaves it as it was.
 
         Newer checkpoints, damaged or skipped, are renamed to ``aside-...``.
@@ -499,14 +501,18 @@ class Checkpoints:
                     damage.append(str(error))
                 else:
                     for line in damage:
-                        warnings.warn(f"{line}; going back to {path.name}", stacklevel=4)
+                        warnings.warn(
+                            f"{line}; going back to {path.name}", stacklevel=4
+                        )
                     return path, newer, *content
             newer.append(path)
         if damage:
             raise DamagedCheckpoint("; ".join(damage) + "; no whole checkpoint is left")
         if step is not None:
             names = ", ".join(path.name for path in newer) or "none"
-            raise ValueError(f"{self.folder} has no checkpoint of step {step}; it has {names}")
+            raise ValueError(
+                f"{self.folder} has no checkpoint of step {step}; it has {names}"
+            )
         return None
 
     @contextmanager

@@ -10,12 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 
-from t5_book.checks import (
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-)
+from t5_book.checks import check_choice, check_flag, check_integer, check_number
 from t5_book.feed_forward import FEED_FORWARDS
 from t5_book.relative_position import check_buckets
 

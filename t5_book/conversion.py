@@ -16,15 +16,13 @@ NAMES = {
     "enc_emb": "shared",
     "head": "lm_head",
     "encoder.norm": "encoder.final_layer_norm",
-    "encoder.biases.{}.table":
-        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
+    "encoder.biases.{}.table": "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
     "encoder.blocks.{}.attention_norm": "encoder.block.{}.layer.0.layer_norm",
     "encoder.blocks.{}.attention": "encoder.block.{}.layer.0.SelfAttention",
     "encoder.blocks.{}.feed_forward_norm": "encoder.block.{}.layer.1.layer_norm",
     "encoder.blocks.{}.feed_forward": "encoder.block.{}.layer.1.DenseReluDense",
     "decoder.norm": "decoder.final_layer_norm",
-    "decoder.biases.{}.table":
-        "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
+    "decoder.biases.{}.table": "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias",
     "decoder.blocks.{}.self_norm": "decoder.block.{}.layer.0.layer_norm",
     "decoder.blocks.{}.self_attention": "decoder.block.{}.layer.0.SelfAttention",
     "decoder.blocks.{}.cross_norm": "decoder.block.{}.layer.1.layer_norm",
@@ -107,7 +105,9 @@ def our_config(entries: dict) -> T5Config:
     for name in SIZES:
         check_integer(f"config.json: {name}", entries[name], 1)
         if entries[name] >= 2**31:
-            raise ValueError(f"config.json: {name} is {entries[name]}, which is too much")
+            raise ValueError(
+                f"config.json: {name} is {entries[name]}, which is too much"
+            )
     defaults = {
         "feed_forward_proj": "relu" if family == "t5" else "gated-gelu",
         "dropout_rate": 0.1,

@@ -232,9 +232,7 @@ def check_sampling(
         temperature == 1 and not top_k and top_p in (None, 1) and generator is None
     )
     if not do_sample and not no_effect:
-        raise ValueError(
-            "temperature, top_k, top_p and generator need do_sample=True"
-        )
+        raise ValueError("temperature, top_k, top_p and generator need do_sample=True")
 
 
 # How the Unicode names begin of characters that need no space after them.

@@ -58,8 +58,11 @@ class SpecialIds(NamedTuple):
 
 
 def span_denoising(
-    tokens: Tensor, ids: SpecialIds, noise_density: float = 0.15,
-    mean_noise_span_length: float = 3.0, *,
+    tokens: Tensor,
+    ids: SpecialIds,
+    noise_density: float = 0.15,
+    mean_noise_span_length: float = 3.0,
+    *,
     generator: Generator | None = None,
 ) -> Batch:
     """Hide spans of ``tokens [b l]`` and ask for them: T5's own objective.
@@ -71,14 +74,20 @@ def span_denoising(
     """
     check_ids("text", tokens, ids.words_end)
     noise = random_spans_noise_mask(
-        tokens.shape[1], noise_density, mean_noise_span_length,
-        batch=len(tokens), generator=generator,
+        tokens.shape[1],
+        noise_density,
+        mean_noise_span_length,
+        batch=len(tokens),
+        generator=generator,
     )  # [b l]
     return corrupt_spans(tokens, noise, **ids._asdict())
 
 
 def iid_denoising(
-    tokens: Tensor, ids: SpecialIds, noise_density: float = 0.15, *,
+    tokens: Tensor,
+    ids: SpecialIds,
+    noise_density: float = 0.15,
+    *,
     generator: Generator | None = None,
 ) -> Batch:
     """Hide single tokens of ``tokens [b l]`` and ask for them.
@@ -145,8 +154,12 @@ def drop_noise(tokens: Tensor, noise: Tensor) -> Tensor:
 
 
 def bert_denoising(
-    tokens: Tensor, ids: SpecialIds, noise_density: float = 0.15,
-    random_share: float = 0.1, *, generator: Generator | None = None,
+    tokens: Tensor,
+    ids: SpecialIds,
+    noise_density: float = 0.15,
+    random_share: float = 0.1,
+    *,
+    generator: Generator | None = None,
 ) -> Batch:
     """Mask or replace single tokens, and ask for the whole text.
 
@@ -231,7 +244,10 @@ UL2 = (
 
 
 def ul2_denoising(
-    tokens: Tensor, ids: SpecialIds, modes: Mapping[str, Sequence[int]], *,
+    tokens: Tensor,
+    ids: SpecialIds,
+    modes: Mapping[str, Sequence[int]],
+    *,
     generator: Generator | None = None,
 ) -> Batch:
     """Ask each text by one of UL2's seven denoisers, all equally likely.
@@ -257,8 +273,11 @@ def ul2_denoising(
     for i, (_, mean_span, density) in enumerate(UL2):
         rows = which == i  # [b]
         noise[rows] = random_spans_noise_mask(
-            length, density, mean_span or max(length / 4, 1),
-            batch=int(rows.sum()), generator=generator,
+            length,
+            density,
+            mean_span or max(length / 4, 1),
+            batch=int(rows.sum()),
+            generator=generator,
         )
     src, mask, labels = corrupt_spans(tokens, noise, **ids._asdict())
     sources = []

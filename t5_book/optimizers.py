@@ -89,9 +89,7 @@ class Adafactor(_PerParameter):
     Source: Shazeer and Stern 2018; t5x, ``adafactor.py``.
     """
 
-    def __init__(
-        self, params: Iterable, lr: float = 1e-3, warmup: int | None = None
-    ):
+    def __init__(self, params: Iterable, lr: float = 1e-3, warmup: int | None = None):
         if warmup is not None and warmup < 1:
             raise ValueError(f"warmup is {warmup}; pass 1 or more, or None")
         super().__init__(params, {"lr": lr, "warmup": warmup})

@@ -50,9 +50,7 @@ class PackedRow:
         self.tgt_room -= len(target)
 
 
-def pack(
-    batches: Iterable[Batch], src_length: int, tgt_length: int
-) -> PackedBatch:
+def pack(batches: Iterable[Batch], src_length: int, tgt_length: int) -> PackedBatch:
     """Lay examples side by side, each into the first row with room for it.
 
     Args:

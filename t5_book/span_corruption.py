@@ -12,12 +12,7 @@ from torch.nn import functional as F
 
 from t5_book.batches import Batch, pad_rows
 
-__all__ = [
-    "corrupt_spans",
-    "random_spans_noise_mask",
-    "restore_spans",
-    "span_lengths",
-]
+__all__ = ["corrupt_spans", "random_spans_noise_mask", "restore_spans", "span_lengths"]
 
 
 def noise_counts(
@@ -192,9 +187,7 @@ def corrupt_spans(
     target = rearrange([sentinels, tokens], "two b l -> b (l two)")
     in_target = rearrange([starts, hidden], "two b l -> b (l two)")
     in_target[:, -1] = True  # eos
-    labels, _ = pad_rows(
-        [row[wanted] for row, wanted in zip(target, in_target)], -100
-    )
+    labels, _ = pad_rows([row[wanted] for row, wanted in zip(target, in_target)], -100)
     return Batch(src, mask, labels)
 
 

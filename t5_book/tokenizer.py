@@ -35,9 +35,7 @@ def _piece_record(piece: str, score: float, kind: int) -> bytes:
     return b"\x0a" + bytes([len(record)]) + record
 
 
-def _load_processor(
-    model_proto: bytes, extra_ids: int
-) -> SentencePieceProcessor:
+def _load_processor(model_proto: bytes, extra_ids: int) -> SentencePieceProcessor:
     """Load a SentencePiece model with its sentinels, the first on top."""
     records = []
     if "▁<extra_id_0>".encode() not in model_proto:  # as it is in mT5's
@@ -93,9 +91,7 @@ class Tokenizer(Vocabulary):
         multiple_of: int = 128,
     ):
         if not isinstance(model_proto, bytes):
-            raise TypeError(
-                f"pass bytes, not {type(model_proto)}; see Tokenizer.load"
-            )
+            raise TypeError(f"pass bytes, not {type(model_proto)}; see Tokenizer.load")
         # A number from a damaged file must not fill the memory.
         if not 0 <= extra_ids <= 10_000:
             raise ValueError(f"extra_ids is {extra_ids}; pass 0 to 10000")
@@ -107,9 +103,7 @@ class Tokenizer(Vocabulary):
                 "the model has <extra_id_0> in it, but "
                 f"{found} sentinels on top, not {extra_ids}"
             )
-        super().__init__(
-            self._processor.get_piece_size(), found, multiple_of
-        )
+        super().__init__(self._processor.get_piece_size(), found, multiple_of)
 
     @classmethod
     def train(

@@ -219,7 +219,11 @@ class MarkovSource:
                 token = best if answer is None else answer[len(tokens)]
                 chance = end if token == END else chances[token]
                 if not chance > 0:
-                    word = "the end of the gap" if token == END else repr(self.words[token])
+                    word = (
+                        "the end of the gap"
+                        if token == END
+                        else repr(self.words[token])
+                    )
                     raise ValueError(
                         f"token {len(tokens)} of the answer is {word}, which this "
                         "language cannot say there"
@@ -240,8 +244,11 @@ class MarkovSource:
         # word indices end below eos, and the sentinels begin above it
         eos = len(self.words)
         batch = corrupt_spans(
-            text[None], mask[None], first_sentinel=eos + len(text),
-            eos_id=eos, num_sentinels=len(text),
+            text[None],
+            mask[None],
+            first_sentinel=eos + len(text),
+            eos_id=eos,
+            num_sentinels=len(text),
         )
         source, labels = batch.src[0].tolist(), batch.labels[0].tolist()
         shown = [token if token < eos else GAP for token in source[:-1]]
@@ -300,7 +307,9 @@ def _check_edges(emits, edges):
                 f"0 to {len(emits) - 1}"
             )
         if not chance >= 0:
-            raise ValueError(f"the edge from {origin} to {goal} has probability {chance}")
+            raise ValueError(
+                f"the edge from {origin} to {goal} has probability {chance}"
+            )
         leaving[origin] += chance
     for state, total in enumerate(leaving):
         if not abs(total - 1) < 1e-6:
@@ -315,14 +324,35 @@ BOYS = ["ben", "jack", "paul", "tom"]
 THINGS = ["ball", "boat", "coat", "doll", "drum", "hat", "kite", "train"]
 ANIMALS = ["bear", "cat", "cow", "dog", "duck", "goat", "horse", "pig"]
 PLACES = [
-    "beach", "farm", "forest", "garden", "lake", "market", "river", "school",
+    "beach",
+    "farm",
+    "forest",
+    "garden",
+    "lake",
+    "market",
+    "river",
+    "school",
 ]
 FOODS = ["apple", "carrot", "cake", "egg", "nut", "pear", "plum"]
 DAYS = [
-    "monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday",
+    "monday",
+    "tuesday",
+    "wednesday",
+    "thursday",
+    "friday",
+    "saturday",
+    "sunday",
 ]
 NUMBERS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
 ]
 
 # What a story remembers: each choice gives words to the fields of its sentences.

@@ -166,7 +166,9 @@ class Trainer(Run):
         try:
             measured = measure(self.model)
             if taken := sorted(record.keys() & measured.keys()):
-                raise ValueError(f"measure returned {taken}, which a record has already")
+                raise ValueError(
+                    f"measure returned {taken}, which a record has already"
+                )
             text = json.dumps(record | measured, default=float)
             self.history[-1] = json.loads(text, parse_constant=lambda name: None)
         finally:

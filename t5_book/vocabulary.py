@@ -36,9 +36,7 @@ class Vocabulary:
     eos_id = 1
     unk_id = 2
 
-    def __init__(
-        self, vocab_size: int, extra_ids: int, multiple_of: int = 128
-    ):
+    def __init__(self, vocab_size: int, extra_ids: int, multiple_of: int = 128):
         if multiple_of < 1:
             raise ValueError(f"multiple_of is {multiple_of}; pass at least 1")
         self.vocab_size = vocab_size
@@ -94,9 +92,7 @@ class Vocabulary:
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         for token_id in ids:
             if not isinstance(token_id, int):
-                raise TypeError(
-                    f"an id is {type(token_id)}; pass the ids of one text"
-                )
+                raise TypeError(f"an id is {type(token_id)}; pass the ids of one text")
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(
                     f"id {token_id} is out of range: the ids are 0 to "

@@ -7,15 +7,14 @@ the writers, which are float64: in float32 two tokens can be so nearly equal
 that the order of a sum decides between them, and that depends on the processor.
 """
 
+import random
+from pydoc_data.topics import topics
+
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import T5Config as ReferenceConfig
-from transformers import T5ForConditionalGeneration as Reference
-from transformers.models.t5.modeling_t5 import T5Attention
 
-from t5_book.config import StackConfig
 from t5_book.t5 import T5
 
 
@@ -70,25 +69,9 @@ def small_t5(seed: int = 0, **changes) -> T5:
 SIZES = dict(dim=48, heads=4, dim_head=8, depth=3, dec_depth=2, num_tokens=128)
 LENGTHS = [1, 9, 10, 40, 140]
 PAIRS = [(s, t) for s in LENGTHS for t in LENGTHS if s != t]
-PLACES = {
-    "attention_norm": (0, "layer_norm"),
-    "attention": (0, "SelfAttention"),
-    "self_norm": (0, "layer_norm"),
-    "self_attention": (0, "SelfAttention"),
-    "cross_norm": (1, "layer_norm"),
-    "cross_attention": (1, "EncDecAttention"),
-    "feed_forward_norm": (-1, "layer_norm"),
-    "feed_forward": (-1, "DenseReluDense"),
-}
-SMALL = dict(
-    vocab_size=SIZES["num_tokens"],
-    d_model=SIZES["dim"],
-    d_kv=SIZES["dim_head"],
-    num_heads=SIZES["heads"],
-    num_layers=SIZES["depth"],
-    num_decoder_layers=SIZES["dec_depth"],
-    d_ff=2 * SIZES["dim"],
-)
+# The same sizes by the names of transformers
+SMALL = dict(vocab_size=128, d_model=48, d_kv=8, num_heads=4, num_layers=3)
+SMALL |= dict(num_decoder_layers=2, d_ff=96)
 GATED = dict(feed_forward_proj="gated-gelu")
 # Four blocks read and one writes, and heads * dim_head is not dim.
 UNEVEN = dict(num_layers=4, num_decoder_layers=1, num_heads=6, d_kv=12)
@@ -104,38 +87,40 @@ FAMILIES = {
 RELEASED = {
     "t5": dict(vocab_size=32128, d_model=512, d_kv=64, num_heads=8, d_ff=2048)
     | dict(num_layers=6, num_decoder_layers=6),
-    "t5-v1_1": dict(vocab_size=32128, d_model=512, d_kv=64, num_heads=6)
-    | dict(d_ff=1024, num_layers=2, num_decoder_layers=2),
+    "t5-v1_1": dict(vocab_size=32128, d_model=512, d_kv=64, num_heads=6, d_ff=1024)
+    | dict(num_layers=2, num_decoder_layers=2),
+}
+PLACES = {
+    "attention_norm": "0.layer_norm",
+    "attention": "0.SelfAttention",
+    "self_norm": "0.layer_norm",
+    "self_attention": "0.SelfAttention",
+    "cross_norm": "1.layer_norm",
+    "cross_attention": "1.EncDecAttention",
+    "feed_forward_norm": "{last}.layer_norm",
+    "feed_forward": "{last}.DenseReluDense",
 }
 
 
 def reference_name(name: str) -> str:
     """Translate the name of one of our weights to that of the reference."""
     stack, part, *rest = name.split(".")
-    if stack in ("enc_emb", "dec_emb"):
-        return "shared.weight"
-    if stack == "head":
-        return "lm_head.weight"
+    if part == "weight":
+        return "lm_head.weight" if stack == "head" else "shared.weight"
     if part == "norm":
         return f"{stack}.final_layer_norm.weight"
+    number, place, *weight = rest
     if part == "biases":
-        table = "layer.0.SelfAttention.relative_attention_bias.weight"
-        return f"{stack}.block.{rest[0]}.{table}"
-    block, place, *weight = rest
-    layer, module = PLACES[place]
-    layer = {"encoder": 1, "decoder": 2}[stack] if layer < 0 else layer
-    return f"{stack}.block.{block}.layer.{layer}.{module}.{'.'.join(weight)}"
+        place = "0.SelfAttention.relative_attention_bias"
+    else:
+        place = PLACES[place].format(last=1 if stack == "encoder" else 2)
+    return ".".join([stack, "block", number, "layer", place, *weight])
 
 
 def copy_weights(ours: nn.Module, reference: nn.Module) -> None:
     """Load the weights of a reference T5 into ours."""
     weights = reference.state_dict()
-    ours.load_state_dict(
-        {name: weights[reference_name(name)] for name in ours.state_dict()}
-    )
-
-
-# --- The five families ----------------------------------------------------
+    ours.load_state_dict({name: weights[reference_name(name)] for name in ours.state_dict()})
 
 
 def make_family(family: str, seed: int = 0, **sizes) -> tuple[T5, nn.Module]:
@@ -156,10 +141,8 @@ def make_reference(family: str, **sizes) -> nn.Module:
     kind, extra = FAMILIES[family]
     config = getattr(transformers, f"{kind}Config")
     model = getattr(transformers, f"{kind}ForConditionalGeneration")
-    config = config(
-        **SMALL | extra | sizes, dropout_rate=0.0, decoder_start_token_id=0
-    )
-    reference = model(config).eval()
+    options = dict(dropout_rate=0.0, decoder_start_token_id=0)
+    reference = model(config(**options | SMALL | extra | sizes)).eval()
     return reference if family == "t5" else untie(reference)
 
 
@@ -189,21 +172,17 @@ def perturb(reference: nn.Module) -> None:
 
 def keywords(family: str, config) -> dict:
     """What to pass to our ``T5``, for a config of ``transformers``."""
-    sides = {
-        f"{side}_{name}": value
-        for side in ("enc", "dec")
-        for name, value in dict(
-            num_tokens=config.vocab_size,
-            depth=config.num_layers,
-            heads=config.num_heads,
-            dim_head=config.d_kv,
-            mlp_mult=config.d_ff / config.d_model,
-        ).items()
-    }
-    return sides | dict(
+    return small_sizes(
         dim=config.d_model,
+        num_tokens=config.vocab_size,
+        depth=config.num_layers,
         dec_depth=config.num_decoder_layers,
+        heads=config.num_heads,
+        dim_head=config.d_kv,
+        mlp_mult=config.d_ff / config.d_model,
         feed_forward=config.feed_forward_proj,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
         tie_head=family == "t5",
         bias_per_layer=family == "umt5",
     )
@@ -223,23 +202,14 @@ def exact_norms(reference: nn.Module) -> nn.Module:
     return reference
 
 
-def make_pair(feed_forward="relu", seed=0, **ours) -> tuple[T5, Reference]:
-    """A reference T5 as ``transformers`` makes it, and ours.
-
-    With either feed-forward layer, its head is tied and scales.
-    """
-    torch.manual_seed(seed)
-    config = SMALL | dict(feed_forward_proj=feed_forward, dropout_rate=0.0)
-    reference = Reference(ReferenceConfig(**config)).eval()
-    perturb(reference)
-    model = make_ours(feed_forward=feed_forward, **ours).eval()
-    copy_weights(model, reference)
-    return model, reference
+def make_pair(feed_forward="relu") -> tuple[T5, nn.Module]:
+    """Ours and a reference with either feed-forward layer, both with a tied head."""
+    return make_family("t5", feed_forward_proj=feed_forward)
 
 
 def make_ours(**extra) -> T5:
     """Our T5 in the sizes of the reference."""
-    return T5(**keywords("t5", ReferenceConfig(**SMALL)) | extra)
+    return T5(**small_sizes(**SIZES) | extra)
 
 
 # --- Inputs and differences -----------------------------------------------
@@ -247,12 +217,11 @@ def make_ours(**extra) -> T5:
 
 def difference(ours: Tensor, reference: Tensor) -> float:
     """Largest difference, relative where the reference exceeds one."""
+    assert ours.shape == reference.shape  # or they would broadcast
     return ((ours - reference).abs() / reference.abs().clamp(min=1)).max().item()
 
 
-def random_ids(
-    batch: int, length: int, seed: int = 0, high: int = SIZES["num_tokens"]
-) -> Tensor:
+def random_ids(batch: int, length: int, seed: int = 0, high: int = 128) -> Tensor:
     """Random tokens, without padding and eos."""
     return torch.randint(2, high, (batch, length), generator=seeded(seed))
 
@@ -266,7 +235,7 @@ def padding_masks(batch: int, length: int) -> Tensor:
     return mask
 
 
-def padded(batch: int, s: int, t: int, high: int = SIZES["num_tokens"]):
+def padded(batch: int, s: int, t: int, high: int = 128):
     """Ids and masks; rows are padded on different sides."""
     masks = padding_masks(batch, s), padding_masks(batch, t).flip(0)
     ids = random_ids(batch, s, 0, high), random_ids(batch, t, 1, high)
@@ -280,10 +249,7 @@ def batch_with_labels(s: int = 40, t: int = 10):
     return src, padding_masks(3, s), labels
 
 
-def their_logits(
-    reference: nn.Module, src: Tensor, tgt: Tensor,
-    mask: Tensor | None = None, tgt_mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def their_logits(reference: nn.Module, src, tgt, mask=None, tgt_mask=None) -> Tensor:
     """What ``model(src, tgt, mask, tgt_mask)`` is called over there."""
     return reference(
         input_ids=src,
@@ -296,11 +262,7 @@ def their_logits(
 def gradients(ours: nn.Module, reference: nn.Module, src, mask, labels):
     """Losses of both, and the gradients of both, by our names."""
     loss = ours.loss(src, labels, mask)
-    theirs = reference(
-        input_ids=src,
-        attention_mask=None if mask is None else mask.long(),
-        labels=labels,
-    ).loss
+    theirs = reference(input_ids=src, attention_mask=mask.long(), labels=labels).loss
     for value, model in ((loss, ours), (theirs, reference)):
         model.zero_grad()
         value.backward()
@@ -312,68 +274,9 @@ def gradients(ours: nn.Module, reference: nn.Module, src, mask, labels):
     return loss.detach(), theirs.detach(), pairs
 
 
-# --- The stacks alone -----------------------------------------------------
-
-KINDS = ["relu", "gated-gelu"]
-
-def small(**options) -> StackConfig:
-    """The configuration of a small stack."""
-    sizes = dict(dim=16, depth=2, heads=2, dim_head=4, mlp_dim=64)
-    return StackConfig(**sizes | options)
-
-
-
-def make_umt5_pair():
-    """Our T5 with a bias table for each layer, and UMT5 with the same."""
-    return make_family("umt5")
-
-
-def with_large_biases(ours, reference):
-    """Make the position biases of two stacks as large as the scores."""
-    torch.manual_seed(1)
-    for name, table in reference.named_parameters():
-        if "relative_attention_bias" in name:
-            table.data.normal_()
-            block = int(name.split(".")[1])
-            ours.biases[block].table.weight.data = table.data.clone()
-    return ours, reference
-
-
-def vectors(batch: int, length: int, seed: int = 0) -> Tensor:
-    """Vectors as an embedding or an encoder gives them."""
-    return torch.randn(batch, length, SIZES["dim"], generator=seeded(seed))
-
-
-def long(mask: Tensor | None) -> Tensor | None:
-    """A mask as the reference wants it."""
-    return None if mask is None else mask.long()
-
-
-def set_dropout(stack: nn.Module, probability: float) -> None:
-    """Set every dropout of a stack, ours or the reference's."""
-    for module in stack.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        elif isinstance(module, T5Attention):
-            module.dropout = probability
-
-
-def record_dropouts(names: dict[str, nn.Dropout]) -> list:
-    """Note each call of these dropouts: its name and the shape it gets."""
-    calls = []
-    for name, part in names.items():
-        part.register_forward_hook(
-            lambda part, inputs, _, name=name: calls.append(
-                (name, tuple(inputs[0].shape))
-            )
-        )
-    return calls
-
-
 # --- Pairs that write varied texts ----------------------------------------
 
 VOCAB = 60
-START = dict(decoder_start_token_id=0, pad_token_id=0)
 
 
 def make_writers(family: str, seed: int = 0) -> tuple[T5, nn.Module]:
@@ -420,7 +323,7 @@ def sources(b: int = 5, s: int = 9, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def with_ids(model: T5, **special) -> T5:
-    """The same model, with other special tokens."""
+    """The same model, with other special tokens or other options."""
     other = T5(**vars(model.config) | special).eval()
     other.load_state_dict(model.state_dict())
     return other.to(model.head.weight.dtype)
@@ -438,10 +341,9 @@ def write_slowly(model, src, mask=None, steps=14) -> Tensor:
 
 def cut(rows: Tensor, eos: int, skip: int = 0) -> list[list[int]]:
     """Rows as lists, each up to its first eos after ``skip`` tokens."""
-    lists = rows.tolist()
     return [
         row[: row.index(eos, skip) + 1] if eos in row[skip:] else row
-        for row in lists
+        for row in rows.tolist()
     ]
 
 
@@ -462,7 +364,8 @@ def write_with_reference(reference, ours: T5, src, mask=None, **options):
         prefix = options.pop("prefix")
         start = torch.zeros(len(prefix), 1, dtype=torch.long)
         options["decoder_input_ids"] = torch.cat([start, prefix], dim=1)
-    options = dict(do_sample=False, num_beams=1, top_k=0) | START | options
+    special = dict(decoder_start_token_id=0, pad_token_id=0)
+    options = dict(do_sample=False, num_beams=1, top_k=0) | special | options
     if not options["do_sample"]:
         del options["top_k"]
     written = reference.generate(
@@ -472,3 +375,24 @@ def write_with_reference(reference, ours: T5, src, mask=None, **options):
         **options,
     )
     return written[:, 1:] if isinstance(written, Tensor) else written
+
+
+# --- Texts ----------------------------------------------------------------
+
+# Python's help texts: English, with code and tables among it.
+HELP = "\n".join(topics.values()).splitlines()
+OTHERS = """Füße naïve Ærøskøbing ŁÓDŹ Œuvre Ελληνικά Кошка עברית العربية
+हिन्दी 雪が降る 한국어 ไทย ﬁnd ﬃ ½ ① ㎏ Ｔ５ ｶﾀ ガ Ⅷ … “so” ‘so’ — – € ° ™ 🐈 👩‍🚀 🇩🇪
+é e\u0301 ǆ ﷺ İ ß ſ K Å \U0010fffd \ufffd""".split()
+SPACES = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\u200b"]
+WORDS = sorted(set(" ".join(HELP).split()))
+
+
+def mixed_line(seed: int) -> str:
+    """A line of words of all scripts, with all kinds of space between."""
+    draw = random.Random(seed)
+    words = draw.choices(WORDS, k=4) + draw.choices(OTHERS, k=3)
+    draw.shuffle(words)
+    start, end = draw.choices(["", *SPACES], k=2)
+    inner = "".join(word + draw.choice(SPACES) for word in words)
+    return start + inner.rstrip() + end

@@ -40,6 +40,7 @@ def helper(x: Tensor) -> int:
 
 class Tree(nn.Module):
     kind = "oak"
+
     # Kept as it is written.
     def __init__(self):
         self._age = 1
@@ -106,6 +107,7 @@ def helper(x: Tensor) -> int:
 
 class Tree(nn.Module):
     kind = "oak"
+
     # Kept as it is written.
     def __init__(self):
         self._age = 1
@@ -157,7 +159,6 @@ ERRORS = {
     "X = 1; Y = 2": (0, "own line"),
     "X = 1\n'text'": (1, "Expr"),
     "@add_to(A)\ndef f(self):\n    pass": (1, "class A"),
-    "def f(x):\n    y = x\n    return nothing(y)": (2, "nothing"),
     "__all__ = ['f']": (0, "f"),
 }
 
@@ -180,7 +181,7 @@ def test_a_module_needs_a_docstring_and_a_public_name_one_home(tmp_path):
 def test_a_private_name_stays_in_its_module(tmp_path):
     one = [START, export("def _f():\n    pass")]
     other = export('# t5_book/other.py\n"""Other."""\n__all__ = []\nX = _f')
-    with pytest.raises(BookError, match=r"one\.md:\d+: .*_f"):
+    with pytest.raises(BookError, match=r"(?s)_f.*other\.py:8"):
         exported(tmp_path, one=[*one, other])
     with pytest.raises(BookError, match=r"two\.md:\d+: .*_f"):
         exported(tmp_path, one=one, two=[cell("from t5_book.one import _f")])
@@ -208,7 +209,7 @@ def test_the_command_writes_what_changed_and_checks(tmp_path, capsys):
     book = make_book(tmp_path, one=[START, export("X = 1")])
     root = f"--root={book}"
     assert main([root, "--check"]) == 1
-    assert "+X = 1" in capsys.readouterr().out
+    assert "one.py" in capsys.readouterr().out
     assert main([root]) == main([root, "--check"]) == 0
     module, stale = book / "t5_book" / "one.py", book / "t5_book" / "stale.py"
     date = module.stat().st_mtime_ns
