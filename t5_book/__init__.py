@@ -31,6 +31,7 @@ The modules, in the order in which the chapters build them:
     conversion         Names of weights and entries of config.json: ours, and those of the releases.
     objectives         Pre-training objectives: ways to make a source and a target of a text.
     packing            Packing: several examples in one row, none of which sees another.
+    corpus             A corpus as a stream: texts read, tokenized, joined and corrupted on the fly.
     optimizers         Optimizers: Adafactor, Muon, and how a T5 shares its weights among them.
     schedules          Schedules: factors on the learning rates, from the step.
     training           Training: a loop that logs, and that can be stopped and resumed.
@@ -46,6 +47,7 @@ from t5_book.batches import Batch
 from t5_book.beams import beam_search
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.config import StackConfig, T5Config
+from t5_book.corpus import CorpusBatches, stream_texts
 from t5_book.decoder import Decoder
 from t5_book.encoder import Encoder
 from t5_book.evaluation import evaluate
@@ -86,6 +88,7 @@ __all__ = [
     "Adafactor",
     "Batch",
     "ByteTokenizer",
+    "CorpusBatches",
     "Decoder",
     "Encoder",
     "FeedForward",
@@ -127,6 +130,7 @@ __all__ = [
     "save_pretrained",
     "span_denoising",
     "span_lengths",
+    "stream_texts",
     "ul2_denoising",
 ]
 

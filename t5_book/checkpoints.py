@@ -1,6 +1,6 @@
 """Checkpoints: the whole state of a training run, in one file.
 
-Built in chapter 18, "A training loop that can be stopped and resumed"
+Built in chapter 19, "A training loop that can be stopped and resumed"
 (chapters/training.md). Edit the chapter, not this file.
 """
 
