@@ -97,7 +97,9 @@ def test_one_pass_reads_every_text_once_and_then_begins_again(tmp_path, rows, le
     # The same pieces have other spans under another seed.
     other = CorruptedStream(stream_texts(write(tmp_path)), WORDS, rows, length, seed=(1,))
     again = next(iter(other))
-    assert numbers([again]) == numbers(batches[:1]) and not torch.equal(again.src, batches[0].src)
+    assert numbers([again]) == numbers(batches[:1])
+    if length > 20:  # where there is a choice
+        assert not torch.equal(again.src, batches[0].src)
 
 
 def test_an_empty_corpus(tmp_path):
