@@ -31,6 +31,7 @@ The modules, in the order in which the chapters build them:
     conversion         Names of weights and entries of config.json: ours, and those of the releases.
     objectives         Pre-training objectives: ways to make a source and a target of a text.
     packing            Packing: several examples in one row, none of which sees another.
+    corpus             A corpus as a stream: texts read, tokenized, joined and corrupted on the fly.
     optimizers         Optimizers: Adafactor, Muon, and how a T5 shares its weights among them.
     schedules          Schedules: factors on the learning rates, from the step.
     checkpoints        Checkpoints that survive: all that a training run needs to go on, on disk.
@@ -47,6 +48,7 @@ from t5_book.beams import beam_search
 from t5_book.byte_tokenizer import ByteTokenizer
 from t5_book.checkpoints import Checkpoints
 from t5_book.config import StackConfig, T5Config
+from t5_book.corpus import CorpusBatches, stream_texts
 from t5_book.decoder import Decoder
 from t5_book.encoder import Encoder
 from t5_book.evaluation import evaluate
@@ -88,6 +90,7 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "Checkpoints",
+    "CorpusBatches",
     "Decoder",
     "Encoder",
     "FeedForward",
@@ -129,6 +132,7 @@ __all__ = [
     "save_pretrained",
     "span_denoising",
     "span_lengths",
+    "stream_texts",
     "ul2_denoising",
 ]
 

@@ -1,6 +1,6 @@
 """Checkpoints that survive: all that a training run needs to go on, on disk.
 
-Built in chapter 18, "Checkpoints that survive" (chapters/checkpoints.md).
+Built in chapter 19, "Checkpoints that survive" (chapters/checkpoints.md).
 Edit the chapter, not this file.
 """
 

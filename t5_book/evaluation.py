@@ -1,6 +1,6 @@
 """Evaluation: loss and accuracy of a model on held-out batches.
 
-Built in chapter 19, "A training loop that can be stopped and resumed"
+Built in chapter 20, "A training loop that can be stopped and resumed"
 (chapters/training.md). Edit the chapter, not this file.
 """
 

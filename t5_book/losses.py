@@ -1,6 +1,6 @@
 """Losses: cross-entropy as T5 was trained with it.
 
-Built in chapter 19, "A training loop that can be stopped and resumed"
+Built in chapter 20, "A training loop that can be stopped and resumed"
 (chapters/training.md). Edit the chapter, not this file.
 """
 

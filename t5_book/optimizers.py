@@ -1,6 +1,6 @@
 """Optimizers: Adafactor, Muon, and how a T5 shares its weights among them.
 
-Built in chapter 17, "Optimizers: Adafactor and Muon"
+Built in chapter 18, "Optimizers: Adafactor and Muon"
 (chapters/optimizers.md). Edit the chapter, not this file.
 """
 

@@ -1,7 +1,7 @@
 """Schedules: factors on the learning rates, from the step.
 
-Built in chapter 17, "Optimizers: Adafactor and Muon"
-(chapters/optimizers.md) and chapter 19, "A training loop that can be
+Built in chapter 18, "Optimizers: Adafactor and Muon"
+(chapters/optimizers.md) and chapter 20, "A training loop that can be
 stopped and resumed" (chapters/training.md). Edit the chapter, not this
 file.
 """

@@ -41,6 +41,7 @@ CHAPTERS = {
     "byte_tokenizer": ("The tokens are lit.", "tokens"),
     "pretrained": MODEL,
     "objectives": ("Span corruption is lit.", "spans"),
+    "corpus": ("The text, the tokens and span corruption are lit.", "text tokens spans"),
     "optimizers": ("The optimizer is lit.", "optimizer"),
     "checkpoints": ("The loss and the training are lit.", "training"),
     "training": ("The loss is lit.", "training"),
