@@ -490,6 +490,15 @@ class Checkpoints:
             self.last = path
             return True
 
+    def newest(self, step: int | None = None) -> int | None:
+        """The step of the checkpoint that ``load`` would take, or None.
+
+        Raises:
+            ValueError, OSError: as ``load``.
+        """
+        found = self.find(step)
+        return None if found is None else step_of(found[0])
+
     def find(self, step: int | None) -> tuple | None:
         """The newest checkpoint that is whole, those newer than it, and its content."""
         damage, newer = [], []

@@ -48,6 +48,7 @@ class Trainer(Run):
         history: the records that ``fit`` has made.
         gradient_norm: norm of the last step's gradient, before clipping.
         checkpoints: those in the folder.
+        quiet: if True, no progress bar; default False.
 
     Raises:
         ValueError: if ``clip`` is not above 0, or ``keep`` not at least 1.
@@ -71,6 +72,7 @@ class Trainer(Run):
         self.loss = loss
         self.checkpoints = Checkpoints(folder, keep)
         self.gradient_norm = 0.0
+        self.quiet = False
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
@@ -143,7 +145,7 @@ class Trainer(Run):
                 disk is full.
         """
         check_integer("every", every, 1)
-        bar = tqdm(total=steps, initial=self.step, desc="Training")
+        bar = tqdm(total=steps, initial=self.step, desc="Training", disable=self.quiet)
         with bar, self.checkpoints.guarding(self) as asked_to_stop:
             while self.step < steps and not asked_to_stop.is_set():
                 self.train_step()
