@@ -2,10 +2,10 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,11 +19,11 @@ from tests.small_book import ROOT
 TRAIN = '''
 import json, sys
 import torch
+from t5_book import T5
 from t5_book.batches import Batch
 from t5_book.evaluation import evaluate
 from t5_book.many_machines import ParallelTrainer
 from t5_book.optimizers import adafactor, muon_adamw
-from tests.conftest import small_t5
 
 options = json.loads(sys.argv[1])
 steps, out, stream = options.pop("steps"), options.pop("out"), options.pop("stream", None)
@@ -42,7 +42,10 @@ def batches(step):
     return Batch(src, torch.ones_like(src).bool(), labels)
 
 
-model = small_t5(dropout=options.pop("dropout", 0.0), num_tokens=options.pop("v", 32))
+side = dict(num_tokens=options.pop("v", 32), depth=1, heads=2, dim_head=4, mlp_mult=2)
+sides = {f"{s}_{name}": value for s in ("enc", "dec") for name, value in side.items()}
+torch.manual_seed(0)
+model = T5(dim=16, dropout=options.pop("dropout", 0.0), **sides)
 make = {"adamw": adamw, "muon": muon_adamw, "adafactor": adafactor}[options.pop("optimizer", "adamw")]
 if stream:
     from t5_book.byte_tokenizer import ByteTokenizer
@@ -131,7 +134,9 @@ def test_a_killed_run_goes_on_exactly(tmp_path, world):
     process = start(world, tmp_path, folder="run", **options | dict(out="progress"))
     for line in process.stdout:
         if line.strip() == "5":
-            os.killpg(process.pid, signal.SIGKILL)
+            agent = psutil.Process(process.pid)
+            for one in [*agent.children(recursive=True), agent]:
+                one.kill()
     assert process.wait() != 0
     process.stdout.close(), process.stderr.close()
     resumed = train(world, tmp_path, folder="run", **options)
