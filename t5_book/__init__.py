@@ -23,7 +23,8 @@ The modules, in the order in which the chapters build them:
     presets            The sizes of the released models, as keywords of ``T5``.
     one_page_t5        T5 on one page: the whole model of Raffel et al. 2019, for reading.
     generation         Generating text token by token: greedy or sampled, with a cache.
-    inference          Inference mode for a model in training: dropout off, and on again.
+    static_cache       A static cache: memory set aside for keys and values, written in place.
+    inference          Inference beside training: a view of a model, in evaluation mode.
     beams              Beam search: follow several beginnings of a text, return the best.
     byte_tokenizer     Text to bytes and back: the tokenizer of ByT5.
     pretrained         Released weights in and out, in the files that transformers uses.

@@ -21,7 +21,7 @@ from t5_book.generation import (
     first_target,
     generate,
 )
-from t5_book.inference import evaluating
+from t5_book.inference import evaluation_view
 from t5_book.t5 import T5
 from t5_book.tokenizer import Tokenizer
 from tests.conftest import (
@@ -385,16 +385,15 @@ def test_dropout_is_off_and_nothing_is_left_behind():
     model.loss(src, first).backward()  # what it wrote can be learned from
 
 
-def test_evaluating_restores_every_part_even_after_an_error():
+def test_a_view_leaves_the_mode_of_every_part():
     model = T5(**TINY).train()
     model.encoder.eval()
     before = [part.training for part in model.modules()]
-    with pytest.raises(RuntimeError), evaluating(model) as same:
-        assert same is model
-        assert not any(part.training for part in model.modules())
-        raise RuntimeError
+    view = evaluation_view(model)
+    assert not any(part.training for part in view.modules())
     assert [part.training for part in model.modules()] == before
     assert {True, False} == set(before)
+    assert evaluation_view(view) is view
 
 
 def test_the_mask_reaches_cross_attention(model):
