@@ -37,7 +37,7 @@ def attention_weights(
         scores = scores + bias
     if mask is not None:
         # The lowest finite number, not -inf: a row without a key stays finite.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 
@@ -101,7 +101,22 @@ class MultiHeadAttention(nn.Module):
         """
         keys, values = keys_values  # each [b h k d]
         queries = self.split_heads(self.q(x))  # [b h q d]
+        mixed = self.mix(queries, keys, values, mask, bias)  # [b h q d]
+        return self.o(rearrange(mixed, "b h q d -> b q (h d)"))
+
+    def mix(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Give each query its share of the values, ``[b h q d]``."""
         weights = attention_weights(queries, keys, mask, bias)  # [b h q k]
         weights = self.dropout(weights)
-        mixed = einsum(weights, values, "b h q k, b h k d -> b h q d")
-        return self.o(rearrange(mixed, "b h q d -> b q (h d)"))
+        return einsum(weights, values, "b h q k, b h k d -> b h q d")
+
+
+# The ways to compute attention: a stack picks one by its name.
+ATTENTIONS = {"plain": MultiHeadAttention}

@@ -7,11 +7,11 @@ cross-attention" (chapters/decoder.md). Edit the chapter, not this file.
 import torch
 from torch import Tensor, nn
 
-from t5_book.attention import MultiHeadAttention
+from t5_book.attention import ATTENTIONS
 from t5_book.config import StackConfig
 from t5_book.feed_forward import FEED_FORWARDS
 from t5_book.masks import causal_mask, expand_padding_mask
-from t5_book.relative_position import RelativePositionBias
+from t5_book.relative_position import POSITION_BIASES
 from t5_book.rms_norm import RMSNorm
 
 __all__ = ["Decoder"]
@@ -52,13 +52,14 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: StackConfig):
         super().__init__()
+        attention = ATTENTIONS[config.attention]
         feed_forward = FEED_FORWARDS[config.feed_forward]
         self.self_norm = RMSNorm(config.dim)
-        self.self_attention = MultiHeadAttention(
+        self.self_attention = attention(
             config.dim, config.heads, config.dim_head, config.dropout
         )
         self.cross_norm = RMSNorm(config.dim)
-        self.cross_attention = MultiHeadAttention(
+        self.cross_attention = attention(
             config.dim, config.heads, config.dim_head, config.dropout
         )
         self.feed_forward_norm = RMSNorm(config.dim)
@@ -147,8 +148,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
         # T5 learns one table for the whole stack; UMT5 one for each block.
         tables = config.depth if config.bias_per_layer else 1
+        position_bias = POSITION_BIASES[config.attention]
         self.biases = nn.ModuleList(
-            RelativePositionBias(
+            position_bias(
                 config.heads,
                 config.num_buckets,
                 config.max_distance,

@@ -43,6 +43,7 @@ CHAPTERS = {
     "objectives": ("Span corruption is lit.", "spans"),
     "optimizers": ("The optimizer is lit.", "optimizer"),
     "training": ("The loss is lit.", "training"),
+    "make_it_fast": ("Attention is lit.", "attention"),
     "train_toy": (
         "Everything is lit.",
         "text tokens spans embedding encoder decoder logits optimizer training generation",
