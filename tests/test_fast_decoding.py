@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from threading import Event, Thread
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -105,15 +106,20 @@ def test_memory_is_taken_once_and_written_in_place():
     assert len(places) == 1
 
 
-def test_a_large_maximum_takes_little_memory():
+def test_a_large_maximum_takes_little_memory(model):
     """The room begins small: nobody writes a billion tokens."""
-    model = small_t5(seed=1).eval()
-    written = generate(model, torch.full((1, 3), 7), max_new_tokens=300)
-    eos = written[0, 3].item()
-    other = with_ids(model, eos_id=eos)
-    short = generate(other, torch.full((1, 3), 7), max_new_tokens=10**9)
-    end = written[0].tolist().index(eos) + 1
-    assert short[0].tolist() == written[0, :end].tolist()
+    stores, make_room = [], StaticBlockCache.make_room
+
+    def noting(self, *arguments):
+        make_room(self, *arguments)
+        stores.append(self.store.shape[3])
+
+    with patch.object(StaticBlockCache, "make_room", noting):
+        # A sampled text ends sooner or later.
+        written = generate(
+            model, *sources(2), max_new_tokens=10**9, do_sample=True, temperature=9.0
+        )
+    assert max(stores) <= max(256, 2 * written.shape[1])
 
 
 def test_the_bias_is_looked_up_once_for_all_steps(model):
@@ -343,17 +349,12 @@ def test_threads_write_and_measure_beside_a_training_loop():
 
 
 @pytest.mark.skipif(not find_spec("ctranslate2"), reason="needs ctranslate2")
-@pytest.mark.parametrize("num_beams", [1, 4])
-def test_ctranslate2_writes_the_same(tmp_path, num_beams):
+def test_ctranslate2_writes_the_same(tmp_path):
     """What ``save_pretrained`` wrote goes through its converter as it is."""
     from benchmarks.decoding_speed import SHAPES, converted, make_t5, write_converted
 
     model = make_t5(SHAPES["tiny"])
     src = torch.randint(3, 100, (4, 9), generator=seeded(1))
-    engine = converted(model, tmp_path)
-    options = dict(tokens=12, beams=num_beams)
-    ours = model.generate(
-        src, max_new_tokens=12, min_new_tokens=12, num_beams=num_beams
-    )
-    theirs = write_converted(engine, src, **options)
-    assert (ours[:, :12] == theirs).float().mean() >= 0.95
+    ours = model.generate(src, max_new_tokens=12, min_new_tokens=12)
+    theirs = write_converted(converted(model, tmp_path), src, tokens=12, beams=1)
+    assert torch.equal(ours, theirs)
