@@ -27,7 +27,6 @@ from tests.conftest import (
     seeded,
     small_t5,
     sources,
-    with_ids,
 )
 
 # --- Memory set aside -----------------------------------------------------
