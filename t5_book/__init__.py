@@ -23,7 +23,8 @@ The modules, in the order in which the chapters build them:
     presets            The sizes of the released models, as keywords of ``T5``.
     one_page_t5        T5 on one page: the whole model of Raffel et al. 2019, for reading.
     generation         Generating text token by token: greedy or sampled, with a cache.
-    inference          Inference mode for a model in training: dropout off, and on again.
+    static_cache       A static cache: memory set aside for keys and values, written in place.
+    inference          Inference beside training: a view of a model, in evaluation mode.
     beams              Beam search: follow several beginnings of a text, return the best.
     byte_tokenizer     Text to bytes and back: the tokenizer of ByT5.
     pretrained         Released weights in and out, in the files that transformers uses.
@@ -38,6 +39,7 @@ The modules, in the order in which the chapters build them:
     training           Training: a loop that logs, and that can be stopped and resumed.
     losses             Losses: cross-entropy as T5 was trained with it.
     evaluation         Evaluation: loss and accuracy of a model on held-out batches.
+    fast_attention     Attention in less time and memory, with the same numbers.
     many_machines      Training by several processes: each takes its rows, and all take one step.
     costs              What training costs: arithmetic and memory, counted before it begins.
 
@@ -55,6 +57,7 @@ from t5_book.costs import training_flops, training_memory
 from t5_book.decoder import Decoder
 from t5_book.encoder import Encoder
 from t5_book.evaluation import evaluate
+from t5_book.fast_attention import ChunkedAttention, FusedAttention
 from t5_book.feed_forward import FeedForward, GatedFeedForward
 from t5_book.generation import WordStreamer, generate
 from t5_book.losses import cross_entropy
@@ -94,10 +97,12 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "Checkpoints",
+    "ChunkedAttention",
     "CorpusBatches",
     "Decoder",
     "Encoder",
     "FeedForward",
+    "FusedAttention",
     "GatedFeedForward",
     "MultiHeadAttention",
     "Muon",

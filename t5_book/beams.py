@@ -14,14 +14,13 @@ from torch.nn import functional as F
 from t5_book.checks import check_integer, check_number
 from t5_book.config import T5Config
 from t5_book.generation import (
-    DecodingState,
     WordStreamer,
     check_lengths,
     check_sampling,
     first_target,
     generate,
+    start_decoding,
 )
-from t5_book.inference import evaluating
 from t5_book.t5 import T5
 
 __all__ = ["beam_search"]
@@ -190,37 +189,35 @@ def beam_search(
         num_beams, num_return_sequences, length_penalty, early_stopping, max_new_tokens
     )
     config, w = model.config, num_beams
-    with evaluating(model):
-        # Each source is read once, and its w beams get a copy each.
-        memory = model.encode(src, mask).repeat_interleave(w, dim=0)  # [b*w s dim]
-        src_mask = None if mask is None else mask.repeat_interleave(w, dim=0)
-        state = DecodingState(model, memory, src_mask, use_cache)
-        start = first_target(model, src, prefix)  # [b 1 + p]
-        running, finished = first_beams(start, w, config.pad_id, memory.dtype)
-        active = torch.ones_like(start[:, 0], dtype=torch.bool)  # [b]
-        # Row i*w of the cache is the first beam of source i.
-        first_row = w * torch.arange(len(src), device=src.device)[:, None]  # [b 1]
-        for n in range(1, max_new_tokens + 1):
-            logits = state.next_logits(running.ids.flatten(0, 1))  # [b*w v]
-            log_probs = logits.log_softmax(dim=-1).unflatten(0, (-1, w))  # [b w v]
-            if n <= min_new_tokens:
-                log_probs[..., config.eos_id] = -torch.inf
-            grown, origin = grow_beams(running, log_probs)
-            ended = (grown.ids[..., -1] == config.eos_id) | (n == max_new_tokens)
-            # A search that is over takes no more texts.
-            new = ended & active[:, None]  # [b 2w]
-            finished = keep_best(finished, grown, new, n**length_penalty, config.pad_id)
-            sums = grown.sums.masked_fill(ended, -torch.inf)  # [b 2w]
-            sums, chosen = sums.topk(w)  # [b w]: those that go on
-            running = Beams(take_beams(grown.ids, chosen), sums)
-            active = active & may_improve(
-                running, finished, n, max_new_tokens, length_penalty, early_stopping
-            )
-            if not active.any():
-                break
-            if state.cache is not None:
-                rows = first_row + origin.gather(1, chosen)  # [b w]
-                state.cache.reorder(rows.flatten())
+    start = first_target(model, src, prefix)  # [b 1 + p]
+    # Each source is read once, and its w beams look at the same memory.
+    state = start_decoding(
+        model, src, mask, use_cache, room=start.shape[1] + max_new_tokens
+    )
+    running, finished = first_beams(start, w, config.pad_id, state.memory.dtype)
+    active = torch.ones_like(start[:, 0], dtype=torch.bool)  # [b]
+    # Row i*w of the cache is the first beam of source i.
+    first_row = w * torch.arange(len(src), device=src.device)[:, None]  # [b 1]
+    for n in range(1, max_new_tokens + 1):
+        logits = state.next_logits(running.ids.flatten(0, 1))  # [b*w v]
+        log_probs = logits.log_softmax(dim=-1).unflatten(0, (-1, w))  # [b w v]
+        if n <= min_new_tokens:
+            log_probs[..., config.eos_id] = -torch.inf
+        grown, origin = grow_beams(running, log_probs)
+        ended = (grown.ids[..., -1] == config.eos_id) | (n == max_new_tokens)
+        # A search that is over takes no more texts.
+        new = ended & active[:, None]  # [b 2w]
+        finished = keep_best(finished, grown, new, n**length_penalty, config.pad_id)
+        sums = grown.sums.masked_fill(ended, -torch.inf)  # [b 2w]
+        sums, chosen = sums.topk(w)  # [b w]: those that go on
+        running = Beams(take_beams(grown.ids, chosen), sums)
+        active = active & may_improve(
+            running, finished, n, max_new_tokens, length_penalty, early_stopping
+        )
+        if not active.any():
+            break
+        rows = first_row + origin.gather(1, chosen)  # [b w]
+        state.reorder(rows.flatten())
     return best_texts(finished, num_return_sequences, start.shape[1] - 1, config)
 
 

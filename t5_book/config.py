@@ -8,8 +8,9 @@ file.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
+from t5_book.attention import ATTENTIONS
 from t5_book.checks import check_choice, check_flag, check_integer, check_number
 from t5_book.feed_forward import FEED_FORWARDS
 from t5_book.relative_position import check_buckets
@@ -30,6 +31,8 @@ class StackOptions:
     num_buckets: int = 32  # buckets of the position bias
     max_distance: int = 128  # where the scale of its buckets ends
     bias_per_layer: bool = False  # a bias table for each block: UMT5
+    # How attention is computed. Models that differ in nothing else are equal.
+    attention: str = field(default="plain", compare=False)
 
     def __post_init__(self):
         check_number("dropout", self.dropout, 0, 1)
@@ -37,6 +40,7 @@ class StackOptions:
         check_integer("num_buckets", self.num_buckets, 1)
         check_integer("max_distance", self.max_distance, 1)
         check_flag("bias_per_layer", self.bias_per_layer)
+        check_choice("attention", self.attention, ATTENTIONS)
         # The encoder's two sides each get half; the decoder's one side gets all.
         check_buckets(True, self.num_buckets, self.max_distance)
         check_buckets(False, self.num_buckets, self.max_distance)

@@ -1,6 +1,6 @@
 """What training costs: arithmetic and memory, counted before it begins.
 
-Built in chapter 21, "Train it on many machines"
+Built in chapter 22, "Train it on many machines"
 (chapters/many_machines.md). Edit the chapter, not this file.
 """
 

@@ -7,11 +7,11 @@ cross-attention" (chapters/decoder.md). Edit the chapter, not this file.
 import torch
 from torch import Tensor, nn
 
-from t5_book.attention import MultiHeadAttention
+from t5_book.attention import ATTENTIONS
 from t5_book.config import StackConfig
 from t5_book.feed_forward import FEED_FORWARDS
 from t5_book.masks import causal_mask, expand_padding_mask
-from t5_book.relative_position import RelativePositionBias
+from t5_book.relative_position import POSITION_BIASES
 from t5_book.rms_norm import RMSNorm
 
 __all__ = ["Decoder"]
@@ -52,13 +52,14 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: StackConfig):
         super().__init__()
+        attention = ATTENTIONS[config.attention]
         feed_forward = FEED_FORWARDS[config.feed_forward]
         self.self_norm = RMSNorm(config.dim)
-        self.self_attention = MultiHeadAttention(
+        self.self_attention = attention(
             config.dim, config.heads, config.dim_head, config.dropout
         )
         self.cross_norm = RMSNorm(config.dim)
-        self.cross_attention = MultiHeadAttention(
+        self.cross_attention = attention(
             config.dim, config.heads, config.dim_head, config.dropout
         )
         self.feed_forward_norm = RMSNorm(config.dim)
@@ -69,7 +70,7 @@ class DecoderBlock(nn.Module):
         self,
         x: Tensor,
         memory: Tensor | None,
-        self_mask: Tensor,
+        self_mask: Tensor | None,
         cross_mask: Tensor | None,
         bias: Tensor,
         cache: BlockCache | None = None,
@@ -83,7 +84,8 @@ class DecoderBlock(nn.Module):
             self_mask: bool, broadcasts to ``[b h q k]``, True = attend.
             cross_mask: bool, broadcasts to ``[b h q s]``, True = attend.
             bias: position bias ``[1 h q k]``.
-            cache: the block's; what is new in ``x`` is added to it.
+            cache: the block's; what is new in ``x`` is added to it. Its source
+                may have fewer rows than ``x``: see ``Decoder.forward``.
         """
         y = self.self_norm(x)
         target = self.self_attention.keys_values(y)  # two of [b h q d]
@@ -93,7 +95,12 @@ class DecoderBlock(nn.Module):
             target = cache.extend(*target)  # two of [b h k d]
             source = cache.source
         x = x + self.dropout(self.self_attention(y, target, self_mask, bias))
-        y = self.cross_attention(self.cross_norm(x), source, cross_mask)
+        y = self.cross_norm(x)
+        if cache is not None:
+            # Targets of one source are more queries to the same keys.
+            b, dim = source[0].shape[0], y.shape[2]
+            y = y.reshape(b, -1, dim)  # [b (w q) dim]
+        y = self.cross_attention(y, source, cross_mask).view_as(x)  # [(b w) q dim]
         x = x + self.dropout(y)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + self.dropout(y)
@@ -116,6 +123,10 @@ class DecoderCache:
         self.cross_mask = cross_mask
         self.length = 0
 
+    def position_biases(self, tables: nn.ModuleList, q: int, k: int) -> list[Tensor]:
+        """What each table adds for the last ``q`` of ``k`` tokens, ``[1 h q k]``."""
+        return [table(q, k) for table in tables]
+
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows ``[b]`` of the targets, in this order.
 
@@ -137,8 +148,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
         # T5 learns one table for the whole stack; UMT5 one for each block.
         tables = config.depth if config.bias_per_layer else 1
+        position_bias = POSITION_BIASES[config.attention]
         self.biases = nn.ModuleList(
-            RelativePositionBias(
+            position_bias(
                 config.heads,
                 config.num_buckets,
                 config.max_distance,
@@ -159,11 +171,13 @@ class Decoder(nn.Module):
         Returns:
             A cache for this batch of sources, with no target token in it yet.
         """
-        keys_values = [
-            block.cross_attention.keys_values(memory) for block in self.blocks
-        ]
+        caches = []
+        for block in self.blocks:
+            keys, values = block.cross_attention.keys_values(memory)  # [b h s d]
+            # Each step multiplies with them, and a view would be copied each time.
+            caches.append(BlockCache((keys.contiguous(), values.contiguous())))
         cross_mask = None if src_mask is None else expand_padding_mask(src_mask)
-        return DecoderCache([BlockCache(pair) for pair in keys_values], cross_mask)
+        return DecoderCache(caches, cross_mask)
 
     def forward(
         self,
@@ -176,7 +190,9 @@ class Decoder(nn.Module):
         """Write a batch of targets, or the next piece of it.
 
         Args:
-            x: ``[b q dim]``, the target, or what follows the ``cache``.
+            x: ``[b q dim]``, the target, or what follows the ``cache``. With a
+                cache there may be several targets for each source: of ``w``,
+                rows ``i*w`` to ``i*w + w - 1`` are those of source ``i``.
             memory: ``[b s dim]``, what the encoder returned. With a cache, pass
                 neither this nor ``src_mask``: the cache was made from them.
             src_mask: bool ``[b s]``, True at real tokens of the source, or
@@ -195,13 +211,16 @@ class Decoder(nn.Module):
         if cache is not None:
             k = cache.length + q
             cross_mask = cache.cross_mask
+            biases = cache.position_biases(self.biases, q, k)  # each [1 h q k]
             cache.length = k
         else:
             cross_mask = None if src_mask is None else expand_padding_mask(src_mask)
-        self_mask = causal_mask(q, k, x.device)  # [1 1 q k]
+            biases = [bias(q, k) for bias in self.biases]  # each [1 h q k]
+        # A single token is the last one and may see all there is.
+        self_mask = causal_mask(q, k, x.device) if q > 1 else None  # [1 1 q k]
         if tgt_mask is not None:
-            self_mask = self_mask & expand_padding_mask(tgt_mask)  # [b 1 q k]
-        biases = [bias(q, k) for bias in self.biases]  # each [1 h q k]
+            padding = expand_padding_mask(tgt_mask)  # [b 1 1 k] or [b 1 q k]
+            self_mask = padding if self_mask is None else self_mask & padding
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             bias = biases[i if len(biases) > 1 else 0]

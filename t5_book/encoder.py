@@ -6,11 +6,11 @@ blocks" (chapters/encoder.md). Edit the chapter, not this file.
 
 from torch import Tensor, nn
 
-from t5_book.attention import MultiHeadAttention
+from t5_book.attention import ATTENTIONS
 from t5_book.config import StackConfig
 from t5_book.feed_forward import FEED_FORWARDS
 from t5_book.masks import expand_padding_mask
-from t5_book.relative_position import RelativePositionBias
+from t5_book.relative_position import POSITION_BIASES
 from t5_book.rms_norm import RMSNorm
 
 __all__ = ["Encoder"]
@@ -24,9 +24,10 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: StackConfig):
         super().__init__()
+        attention = ATTENTIONS[config.attention]
         feed_forward = FEED_FORWARDS[config.feed_forward]
         self.attention_norm = RMSNorm(config.dim)
-        self.attention = MultiHeadAttention(
+        self.attention = attention(
             config.dim, config.heads, config.dim_head, config.dropout
         )
         self.feed_forward_norm = RMSNorm(config.dim)
@@ -60,8 +61,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
         # T5 learns one table for the whole stack; UMT5 one for each block.
         tables = config.depth if config.bias_per_layer else 1
+        position_bias = POSITION_BIASES[config.attention]
         self.biases = nn.ModuleList(
-            RelativePositionBias(
+            position_bias(
                 config.heads,
                 config.num_buckets,
                 config.max_distance,

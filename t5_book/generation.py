@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from t5_book.checks import check_ids, check_integer, check_number
-from t5_book.inference import evaluating
+from t5_book.inference import evaluation_view
+from t5_book.static_cache import StaticCache
 from t5_book.t5 import T5
 
 __all__ = ["WordStreamer", "generate"]
@@ -25,6 +26,8 @@ class DecodingState:
         src_mask: bool ``[b s]``, True at real tokens of the source; default:
             all real.
         use_cache: if False, the whole target is read at each step.
+        room: number of target tokens to set memory aside for; default: none,
+            and the cache is copied to append to it.
 
     Raises:
         ValueError: if ``src_mask`` is a mask of pairs.
@@ -36,6 +39,7 @@ class DecodingState:
         memory: Tensor,
         src_mask: Tensor | None = None,
         use_cache: bool = True,
+        room: int | None = None,
     ):
         if src_mask is not None and src_mask.ndim != 2:
             raise ValueError(
@@ -48,16 +52,24 @@ class DecodingState:
         self.cache = None
         if use_cache:
             self.cache = model.decoder.new_cache(memory, src_mask)
+        if use_cache and room is not None:
+            self.cache = StaticCache(self.cache, room)
 
+    @torch.inference_mode()
     def next_logits(self, tgt: Tensor) -> Tensor:
         """Score what follows ``tgt [b t]``: logits ``[b v]``.
 
         They are float32 at least, as a softmax over a large vocabulary needs
         the digits. With a cache, ``tgt`` must continue that of the last call.
+        There may be several targets for each source, as in ``Decoder.forward``.
         """
         model = self.model
         if self.cache is None:
-            x = model.decoder(model.dec_emb(tgt), self.memory, self.src_mask)
+            w = len(tgt) // len(self.memory)
+            memory = self.memory.repeat_interleave(w, dim=0)
+            mask = self.src_mask
+            mask = None if mask is None else mask.repeat_interleave(w, dim=0)
+            x = model.decoder(model.dec_emb(tgt), memory, mask)
         else:
             new = tgt[:, self.cache.length :]
             x = model.decoder(model.dec_emb(new), cache=self.cache)
@@ -65,6 +77,12 @@ class DecodingState:
         # score the others for nothing.
         logits = model.logits(x[:, -1])  # [b v]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.inference_mode()
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows ``[b]`` of the targets, in this order."""
+        if self.cache is not None:
+            self.cache.reorder(rows)
 
 
 def filter_logits(
@@ -120,6 +138,16 @@ def first_target(model: T5, src: Tensor, prefix: Tensor | None = None) -> Tensor
     return torch.cat([start, prefix.long()], dim=1)
 
 
+@torch.inference_mode()
+def start_decoding(
+    model: T5, src: Tensor, mask: Tensor | None, use_cache: bool, room: int
+) -> DecodingState:
+    """Read sources without dropout, ready for targets of up to ``room`` tokens."""
+    model = evaluation_view(model)
+    memory = model.encode(src, mask)  # [b s dim]
+    return DecodingState(model, memory, mask, use_cache, min(room, 256))
+
+
 @torch.no_grad()
 def generate(
     model: T5,
@@ -140,7 +168,7 @@ def generate(
     """Write a target for each source, token by token.
 
     Args:
-        model: a ``T5``; dropout is off while it writes.
+        model: a ``T5``; it writes without dropout, and its mode is left alone.
         src: ids of the sources ``[b s]``.
         mask: bool ``[b s]``, True at real source tokens; default: all.
         max_new_tokens: number of tokens at which to stop, default 64.
@@ -174,30 +202,33 @@ def generate(
     check_lengths(max_new_tokens, min_new_tokens)
     check_sampling(do_sample, temperature, top_k, top_p, generator)
     config = model.config
-    with evaluating(model):
-        state = DecodingState(model, model.encode(src, mask), mask, use_cache)
-        tgt = first_target(model, src, prefix)  # [b 1 + p]
-        done = torch.zeros_like(tgt[:, :1], dtype=torch.bool)  # [b 1]
+    tgt = first_target(model, src, prefix)  # [b 1 + p]
+    state = start_decoding(
+        model, src, mask, use_cache, room=tgt.shape[1] + max_new_tokens
+    )
+    done = torch.zeros_like(tgt[:, :1], dtype=torch.bool)  # [b 1]
+    if streamer is not None:
+        streamer.put(tgt.cpu())
+    for step in range(max_new_tokens):
+        logits = state.next_logits(tgt)  # [b v]
+        if step < min_new_tokens:
+            # What inference mode has made can't be changed outside of it.
+            logits = logits.clone()
+            logits[:, config.eos_id] = -torch.inf
+        if do_sample:
+            logits = filter_logits(logits, temperature, top_k, top_p)
+            # float32, so that a seed gives the same tokens in any dtype
+            probs = logits.softmax(dim=-1).float()
+            token = torch.multinomial(probs, 1, generator=generator)  # [b 1]
+        else:
+            token = logits.argmax(dim=-1, keepdim=True)  # [b 1]
+        token = token.masked_fill(done, config.pad_id)
+        tgt = torch.cat([tgt, token], dim=1)
         if streamer is not None:
-            streamer.put(tgt.cpu())
-        for step in range(max_new_tokens):
-            logits = state.next_logits(tgt)  # [b v]
-            if step < min_new_tokens:
-                logits[:, config.eos_id] = -torch.inf
-            if do_sample:
-                logits = filter_logits(logits, temperature, top_k, top_p)
-                # float32, so that a seed gives the same tokens in any dtype
-                probs = logits.softmax(dim=-1).float()
-                token = torch.multinomial(probs, 1, generator=generator)  # [b 1]
-            else:
-                token = logits.argmax(dim=-1, keepdim=True)  # [b 1]
-            token = token.masked_fill(done, config.pad_id)
-            tgt = torch.cat([tgt, token], dim=1)
-            if streamer is not None:
-                streamer.put(token[:, 0].cpu())
-            done = done | (token == config.eos_id)
-            if done.all():
-                break
+            streamer.put(token[:, 0].cpu())
+        done = done | (token == config.eos_id)
+        if done.all():
+            break
     if streamer is not None:
         streamer.end()
     return tgt[:, 1:]

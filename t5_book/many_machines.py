@@ -1,6 +1,6 @@
 """Training by several processes: each takes its rows, and all take one step.
 
-Built in chapter 21, "Train it on many machines"
+Built in chapter 22, "Train it on many machines"
 (chapters/many_machines.md). Edit the chapter, not this file.
 """
 

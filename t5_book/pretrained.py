@@ -304,6 +304,7 @@ def build(
     stored: dict[str, StoredTensor],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    attention: str,
     model_class: type[T5],
 ) -> T5:
     """Build a T5 from the entries of ``config.json`` and tensors not yet read.
@@ -326,6 +327,7 @@ def build(
     drop_copies(stored)
     tied = HEAD not in stored
     config = replace(config, tie_head=tied, scale_logits=logits_scaled(entries, tied))
+    config = replace(config, attention=attention)  # no file says this
     if max(config.enc_depth, config.dec_depth) > 1:
         tables = [name for name in stored if name.endswith(BIAS)]
         per_layer = any(".block.0." not in name for name in tables)
@@ -360,6 +362,7 @@ def load_released(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    attention: str = "plain",
     model_class: type[T5] = T5,
 ) -> T5:
     """Build a T5 from a configuration and tensors as released files have them.
@@ -372,6 +375,7 @@ def load_released(
         tensors: by the names of ``transformers``. They are copied.
         dtype: of the weights; default: theirs, or the widest of those.
         device: of the weights; default: torch's default.
+        attention: how to compute it, as in ``T5Config``; default "plain".
         model_class: ``T5`` or a class derived from it.
 
     Returns:
@@ -382,7 +386,7 @@ def load_released(
             tensors; the message names up to 20 tensors of each kind.
     """
     stored = {name: stored_tensor(tensor) for name, tensor in tensors.items()}
-    return build(config, stored, dtype, device, model_class)
+    return build(config, stored, dtype, device, attention, model_class)
 
 
 def load_pretrained(
@@ -390,6 +394,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    attention: str = "plain",
     model_class: type[T5] = T5,
 ) -> T5:
     """Load a released T5, or one that ``save_pretrained`` wrote.
@@ -401,7 +406,7 @@ def load_pretrained(
     Args:
         name_or_path: a folder; a file of weights, or an index of them, with
             ``config.json`` beside it; or a name on the hub.
-        dtype, device, model_class: as for ``load_released``.
+        dtype, device, attention, model_class: as for ``load_released``.
 
     Returns:
         The model, in evaluation mode.
@@ -416,7 +421,7 @@ def load_pretrained(
     stored, notes = open_shards(files)
     entries = saved_config(folder / "config.json", notes)
     try:
-        return build(entries, stored, dtype, device, model_class)
+        return build(entries, stored, dtype, device, attention, model_class)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -442,14 +447,14 @@ def saved_config(file: Path, notes: dict[str, str]) -> dict:
     return copied
 
 
-def from_pretrained(cls, name_or_path, *, dtype=None, device=None):
+def from_pretrained(cls, name_or_path, **options):
     """Load a released T5, as ``t5_book.load_pretrained`` says."""
-    return load_pretrained(name_or_path, dtype=dtype, device=device, model_class=cls)
+    return load_pretrained(name_or_path, model_class=cls, **options)
 
 
-def from_released(cls, config, tensors, *, dtype=None, device=None):
+def from_released(cls, config, tensors, **options):
     """Load from memory, as ``t5_book.pretrained.load_released`` says."""
-    return load_released(config, tensors, dtype=dtype, device=device, model_class=cls)
+    return load_released(config, tensors, model_class=cls, **options)
 
 
 T5.from_pretrained = classmethod(from_pretrained)

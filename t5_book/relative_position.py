@@ -98,6 +98,21 @@ def relative_position_bucket(
     return bucket + half * (relative_position > 0)
 
 
+def spread(by_distance: Tensor, k_len: int) -> Tensor:
+    """Give each pair the number of its relative position.
+
+    Args:
+        by_distance: ``[h n]``, a number for each relative position of the
+            last ``q`` of ``k_len`` positions, ``n = q + k_len - 1``.
+        k_len: number of keys ``k``.
+
+    Returns:
+        ``[1 h q k]``.
+    """
+    windows = by_distance.unfold(dimension=1, size=k_len, step=1)  # [h q k]
+    return windows.flip(dims=[1])[None]
+
+
 class RelativePositionBias(nn.Module):
     """One learned number per bucket and head, to add to attention scores.
 
@@ -132,11 +147,13 @@ class RelativePositionBias(nn.Module):
         self.table = nn.Embedding(num_buckets, heads)
         nn.init.xavier_uniform_(self.table.weight)
 
-    def forward(self, q_len: int, k_len: int) -> Tensor:
-        """Look up the bias of the last ``q_len`` of ``k_len`` positions.
+    def by_distance(self, q_len: int, k_len: int) -> Tensor:
+        """Look up each relative position that occurs, from left to right.
+
+        The queries are the last ``q_len`` of ``k_len`` positions.
 
         Returns:
-            ``[1 h q k]``, which broadcasts over the batch.
+            ``[h n]`` with ``n = q_len + k_len - 1``.
 
         Raises:
             ValueError: if there are more queries than keys.
@@ -146,10 +163,27 @@ class RelativePositionBias(nn.Module):
                 f"{q_len} queries can't be the last of {k_len} keys; "
                 "pass q_len <= k_len"
             )
-        key = torch.arange(k_len, device=self.table.weight.device)
-        query = key[k_len - q_len :]  # the queries are the last positions
-        relative_position = key[None, :] - query[:, None]  # [q k]
+        # The last query has its farthest key k_len - 1 to the left, the first
+        # one q_len - 1 to the right.
+        relative_position = torch.arange(
+            1 - k_len, q_len, device=self.table.weight.device
+        )  # [n]
         bucket = relative_position_bucket(
             relative_position, self.bidirectional, self.num_buckets, self.max_distance
         )
-        return rearrange(self.table(bucket), "q k h -> 1 h q k")
+        return rearrange(self.table(bucket), "n h -> h n")
+
+    def forward(self, q_len: int, k_len: int) -> Tensor:
+        """Look up the bias of the last ``q_len`` of ``k_len`` positions.
+
+        Returns:
+            ``[1 h q k]``, which broadcasts over the batch.
+
+        Raises:
+            ValueError: if there are more queries than keys.
+        """
+        return spread(self.by_distance(q_len, k_len), k_len)
+
+
+# A bias for each of the ATTENTIONS that wants it in this shape.
+POSITION_BIASES = {"plain": RelativePositionBias}

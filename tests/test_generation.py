@@ -14,8 +14,13 @@ from transformers.generation import (
 
 from t5_book import generation
 from t5_book.byte_tokenizer import ByteTokenizer
-from t5_book.generation import DecodingState, WordStreamer, filter_logits, generate
-from t5_book.inference import evaluating
+from t5_book.generation import (
+    DecodingState,
+    WordStreamer,
+    filter_logits,
+    generate,
+)
+from t5_book.inference import evaluation_view
 from t5_book.tokenizer import Tokenizer
 from tests.conftest import (
     FAMILIES,
@@ -183,7 +188,7 @@ def scripted(monkeypatch):
         read, rows = [], torch.tensor(rows)
 
         class Script:
-            def __init__(self, model, memory, mask, use_cache):
+            def __init__(self, model, memory, mask, use_cache, room):
                 assert not memory.requires_grad
 
             def next_logits(self, tgt):
@@ -267,16 +272,15 @@ def test_dropout_is_off_and_nothing_is_left_behind():
     model.loss(src, first).backward()  # what it wrote can be learned from
 
 
-def test_evaluating_restores_every_part_even_after_an_error():
+def test_a_view_leaves_the_mode_of_every_part():
     model = small_t5().train()
     model.encoder.eval()
     before = [part.training for part in model.modules()]
-    with pytest.raises(RuntimeError), evaluating(model) as same:
-        assert same is model
-        assert not any(part.training for part in model.modules())
-        raise RuntimeError
+    view = evaluation_view(model)
+    assert not any(part.training for part in view.modules())
     assert [part.training for part in model.modules()] == before
     assert {True, False} == set(before)
+    assert evaluation_view(view) is view
 
 
 # --- The streamer ---------------------------------------------------------

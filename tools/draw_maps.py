@@ -45,6 +45,7 @@ CHAPTERS = {
     "optimizers": ("The optimizer is lit.", "optimizer"),
     "checkpoints": ("The loss and the training are lit.", "training"),
     "training": ("The loss is lit.", "training"),
+    "make_it_fast": ("Attention is lit.", "attention"),
     "many_machines": ("The loss and the optimizer are lit.", "training optimizer"),
     "train_toy": (
         "Everything is lit.",
