@@ -171,7 +171,7 @@ class RelativePositionBias(nn.Module):
         bucket = relative_position_bucket(
             relative_position, self.bidirectional, self.num_buckets, self.max_distance
         )
-        return rearrange(self.table(bucket), "n h -> h n")
+        return rearrange(self.table(bucket), "n h -> h n").contiguous()
 
     def forward(self, q_len: int, k_len: int) -> Tensor:
         """Look up the bias of the last ``q_len`` of ``k_len`` positions.
