@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -110,3 +112,17 @@ def build(name: str, shape: str) -> nn.Module:
     """``"ours plain"``, ``"theirs sdpa"``, …: the model of that name."""
     whose, attention = name.split()
     return {"ours": ours, "theirs": theirs}[whose](shape, attention)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print how many weights the models of each shape have."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args(arguments)
+    for shape in SHAPES:
+        models = ours(shape, "plain"), theirs(shape, "sdpa")
+        counts = [sum(p.numel() for p in model.parameters()) for model in models]
+        print(shape, *counts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -110,7 +110,9 @@ def spread(by_distance: Tensor, k_len: int) -> Tensor:
         ``[1 h q k]``.
     """
     windows = by_distance.unfold(dimension=1, size=k_len, step=1)  # [h q k]
-    return windows.flip(dims=[1])[None]
+    # index_select lays the rows out one after the other; flip would not.
+    last_first = torch.arange(windows.shape[1], device=windows.device).flip(dims=[0])
+    return windows.index_select(1, last_first)[None]
 
 
 class RelativePositionBias(nn.Module):
@@ -171,7 +173,7 @@ class RelativePositionBias(nn.Module):
         bucket = relative_position_bucket(
             relative_position, self.bidirectional, self.num_buckets, self.max_distance
         )
-        return rearrange(self.table(bucket), "n h -> h n").contiguous()
+        return rearrange(self.table(bucket), "n h -> h n")
 
     def forward(self, q_len: int, k_len: int) -> Tensor:
         """Look up the bias of the last ``q_len`` of ``k_len`` positions.
