@@ -21,7 +21,6 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
 from t5_book.batches import Batch
@@ -105,14 +104,25 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, which several processes may have parts of."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shared(tensor) else tensor
 
 
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Write values into a tensor, or into this process's part of it."""
-    if isinstance(tensor, DTensor):
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements)
-    tensor.copy_(values)
+def is_shared(tensor: Tensor) -> bool:
+    """Whether several processes have parts of it: PyTorch's ``DTensor``."""
+    return hasattr(tensor, "full_tensor")
+
+
+def share(values: Tensor, like: Tensor) -> Tensor:
+    """Share values out as another tensor is; whole to each, if the shapes differ."""
+    if not is_shared(like):
+        return values
+    # Only who trains with several processes waits for this import.
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    alike = values.shape == like.shape
+    return distribute_tensor(
+        values, like.device_mesh, like.placements if alike else [Replicate()]
+    )
 
 
 def shapes_of(weights: dict[str, Tensor]) -> dict[str, str]:
@@ -256,13 +266,9 @@ def set_state(optimizer: Optimizer, states: dict) -> None:
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
     for parameter, state in optimizer.state.items():
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.ndim:
-                    alike = value.shape == parameter.shape
-                    kind = placements if alike else [Replicate()]
-                    state[name] = distribute_tensor(value, mesh, kind)
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim:
+                state[name] = share(value, parameter)
 
 
 def write_checkpoint(folder: Path, config: str, content: tuple) -> None:
@@ -479,7 +485,7 @@ class Checkpoints:
 
             # Into the tensors that are there: so what is tied stays tied.
             for name, weight in weights.items():
-                fill(own[name], weight)
+                own[name].copy_(share(weight, own[name]))
             for optimizer, state in zip(run.optimizers, training["optimizers"]):
                 set_state(optimizer, state)
             if training["data"] is not None:

@@ -69,14 +69,18 @@ class ChunkedAttention(FusedAttention):
     Its bias is that of ``BiasByDistance``.
     """
 
-    chunk = 128  # queries at a time
+    # Bytes of scores at a time. glibc returns a tensor of 32 MiB to the system at
+    # once; smaller ones can leave holes between what is kept for the way back.
+    chunk = 2**25
 
     def mix(self, queries, keys, values, mask, bias):
         """Give each query its share of the values, ``[b h q d]``."""
-        q_len = queries.shape[2]
-        pieces = []
-        for start in range(0, q_len, self.chunk):
-            stop = min(start + self.chunk, q_len)
+        b, h, q_len, _ = queries.shape
+        row = b * h * keys.shape[2] * queries.element_size()
+        c = max(1, self.chunk // row)  # queries at a time
+        pieces, mixed = [], torch.empty_like(queries)  # [b h q d]
+        for start in range(0, q_len, c):
+            stop = min(start + c, q_len)
             piece = queries[:, :, start:stop]  # [b h c d]
             rows = mask
             if mask is not None and mask.shape[2] > 1:
@@ -86,16 +90,14 @@ class ChunkedAttention(FusedAttention):
                 # Query i sees the k_len numbers from q_len - 1 - i on.
                 last = q_len - 1 - start + keys.shape[2]
                 part = bias[:, q_len - stop : last]  # [h c+k-1]
-            pieces.append(self.rows(piece, keys, values, rows, part))
-        return torch.cat(pieces, dim=2)
-
-    def rows(self, queries, keys, values, mask, by_distance):
-        """What ``mix`` does for some of the queries, ``[b h c d]``."""
-        if not torch.is_grad_enabled():
-            return self.whole(queries, keys, values, mask, by_distance)
-        return checkpoint(
-            self.whole, queries, keys, values, mask, by_distance, use_reentrant=False
-        )
+            given = piece, keys, values, rows, part
+            if torch.is_grad_enabled():
+                pieces.append(checkpoint(self.whole, *given, use_reentrant=False))
+            else:
+                # What stays must not lie between what goes: the holes would be
+                # too small for the scores of the next queries.
+                mixed[:, :, start:stop] = self.whole(*given)
+        return torch.cat(pieces, dim=2) if pieces else mixed
 
     def whole(self, queries, keys, values, mask, by_distance):
         """All scores of these queries at once."""

@@ -11,8 +11,6 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -120,6 +118,10 @@ class ParallelTrainer(Trainer):
             for weight in model.parameters():
                 dist.broadcast(weight.data, 0)
         if self.sharded:
+            # These take seconds to import, which others need not wait for.
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
             mesh = init_device_mesh(next(model.parameters()).device.type, (self.world,))
             for block in [*model.encoder.blocks, *model.decoder.blocks]:
                 fully_shard(block, mesh=mesh)

@@ -109,8 +109,11 @@ def spread(by_distance: Tensor, k_len: int) -> Tensor:
     Returns:
         ``[1 h q k]``.
     """
-    windows = by_distance.unfold(dimension=1, size=k_len, step=1)  # [h q k]
-    return windows.flip(dims=[1])[None]
+    key = torch.arange(k_len, device=by_distance.device)
+    q_len = by_distance.shape[1] - k_len + 1
+    # The last query's first key stands first, the farthest to the left.
+    first = torch.arange(q_len - 1, -1, -1, device=by_distance.device)
+    return by_distance[:, first[:, None] + key[None, :]][None]
 
 
 class RelativePositionBias(nn.Module):

@@ -72,6 +72,12 @@ def assert_equal(model: T5, call, attentions=FAST, bound=1e-5):
             assert (grad - expected[name]).abs().max() <= bound * max(1, scale), name
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several blocks from 140 tokens on, the last one smaller."""
+    monkeypatch.setattr(ChunkedAttention, "chunk", 2**18)
+
+
 # --- Choosing -------------------------------------------------------------
 
 
@@ -395,7 +401,7 @@ def test_chunked_never_makes_all_scores(train, masks):
     with torch.set_grad_enabled(train), Largest() as largest:
         run()
     scores = 4 * heads * length * length
-    assert largest.bytes <= scores / 6  # a block has an eighth of them
+    assert largest.bytes <= scores / 16
 
 
 def test_chunked_keeps_no_scores():
