@@ -249,7 +249,11 @@ class CorpusBatches:
                 f"rank {rank}; streams must divide the batch, world must divide "
                 "streams, and rank must be below world"
             )
-        texts = stream_texts(source, subset=subset, split=split, column=column)
+
+        def open_texts():
+            return stream_texts(source, subset=subset, split=split, column=column)
+
+        open_texts()  # before the imports below, it says what is missing
         from datasets.distributed import split_dataset_by_node
         from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -257,8 +261,9 @@ class CorpusBatches:
         self.streams = streams
         self.loaders = {}
         for number in range(rank, streams, world):
+            # Each opens the files for itself: parts of one reader share its place.
             part = CorruptedStream(
-                split_dataset_by_node(texts, number, streams),
+                split_dataset_by_node(open_texts(), number, streams),
                 tokenizer,
                 batch_size // streams,
                 inputs_length,

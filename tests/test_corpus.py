@@ -124,8 +124,9 @@ def test_streams_share_the_texts(tmp_path, streams):
     assert sorted(read) == list(range(400))
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (1, 2), (2, 1), (4, 2), (1, 4)])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
+@pytest.mark.parametrize("files", [1, 3, 8])
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 4)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after, files):
     def run(corpora, steps):
         """The rows of each step, whoever reads them, in one order."""
         for step in steps:
@@ -136,7 +137,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after)
     def corpora(world):
         return [open_corpus(pattern, streams=4, rank=r, world=world) for r in range(world)]
 
-    pattern = write(tmp_path)
+    pattern = write(tmp_path, "txt", files)
     straight = list(run(corpora(1), range(9)))
     stopped = corpora(before)
     assert list(run(stopped, range(4))) == straight[:4]
