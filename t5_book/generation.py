@@ -126,6 +126,7 @@ def first_target(model: T5, src: Tensor, prefix: Tensor | None = None) -> Tensor
         TypeError, ValueError, IndexError: if ``prefix`` is not ids of the
             target's vocabulary, a row for each source.
     """
+    check_ids("source", src, model.config.enc_num_tokens)
     start = torch.full_like(src[:, :1], model.config.start_id).long()  # [b 1]
     if prefix is None:
         return start

@@ -310,7 +310,7 @@ def test_each_tensor_is_converted_before_the_next_is_read(releases, case):
         stays += case != "converted" and w.dtype == torch.float32
         stored[name] = StoredTensor(tuple(w.shape), w.dtype, lambda w=w: read(w))
     dtype = torch.bfloat16 if case == "converted" else None
-    model = build(reference.config.to_dict(), stored, dtype, None, T5)
+    model = build(reference.config.to_dict(), stored, dtype, None, "plain", T5)
     parameters = [weight.data_ptr() for weight in model.parameters()]
     assert len(alive) == len(parameters) + 2 > 40
     # Those that need no conversion stay; no other is alive when one is read.
