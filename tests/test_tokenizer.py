@@ -236,6 +236,11 @@ def test_save_is_atomic(tokenizer, tmp_path, monkeypatch):
     """A write that fails half way leaves the old file as it was."""
     path = tmp_path / "spiece.model"
     path.write_bytes(b"old")
+    other = tmp_path / "the same file"
+    other.hardlink_to(path)
+    tokenizer.save(path)  # a new file takes the name; the old one isn't written to
+    assert other.read_bytes() == b"old"
+    other.replace(path)
     write = Path.write_bytes
 
     def fail(self, data):
