@@ -146,14 +146,12 @@ class CorruptedStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         """Go on where the stream is."""
         while True:
-            found = False
             # Before more is read: what was left over may be enough.
             for tokens in itertools.chain([[]], map(self.encode, self.texts)):
                 self.left += tokens
-                found = found or bool(tokens)
                 while len(self.left) >= self.rows * self.length:
                     yield self.next_batch()
-            if not found:
+            if not self.left and self.number == 0:
                 raise ValueError("the corpus has no text")
             self.texts.load_state_dict(copy.deepcopy(self.first))
 
@@ -198,9 +196,9 @@ class CorruptedStream(IterableDataset):
 class CorpusBatches:
     """The batches of a corpus, as a function of the step, for one process of several.
 
-    The corpus is read as a fixed number of streams. Batch ``n`` has the same
-    rows from each, whoever reads them, so a run may go on with another number
-    of processes.
+    The corpus is read as a fixed number of streams, and each batch takes as
+    many rows from one as from another. So the batches don't depend on the number
+    of processes, and a run may go on with more or fewer of them.
 
     Args:
         source, subset, split, column: as for ``stream_texts``.

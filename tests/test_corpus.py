@@ -102,6 +102,21 @@ def test_one_pass_reads_every_text_once_and_then_begins_again(tmp_path, rows, le
         assert not torch.equal(again.src, batches[0].src)
 
 
+def test_every_place_is_found_again_also_at_the_end_of_a_pass(tmp_path):
+    """At the end, the reader has no text left for the rest of its pass."""
+    pattern = write(tmp_path, "txt", 2, ["a" * 50, "b" * 45])
+    straight = CorruptedStream(stream_texts(pattern), WORDS, 1, 20)
+    run, places, batches = iter(straight), [], []
+    for _ in range(15):  # three passes
+        places.append(straight.state_dict())
+        batches.append(next(run))
+    for place, expected in zip(places, batches):
+        again = CorruptedStream(stream_texts(pattern), WORDS, 1, 20)
+        again.load_state_dict(place)
+        found = next(iter(again))
+        assert torch.equal(found.src, expected.src) and torch.equal(found.labels, expected.labels)
+
+
 def test_an_empty_corpus(tmp_path):
     stream = CorruptedStream(stream_texts(write(tmp_path, "txt", 1, ["", ""])), WORDS, 1, 20)
     refuses(lambda: next(iter(stream)), "no text")
